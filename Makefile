@@ -1,0 +1,35 @@
+# Every target makes its own virtual environment, .venv, with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint torch constraints clean
+
+demo: .venv/installed  ## trains on a data set that is on board and prints the accuracy
+	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
+
+test: .venv/installed-test  ## the whole test suite
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
+
+lint: .venv/installed-lint  ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+torch: .venv/installed-torch  ## installs PyTorch, so that `make test` compares with it
+
+constraints:  ## newest versions into constraints.txt (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
+	    --extra prepare --extra test --extra lint setup.py --output-file constraints.txt
+	echo torch==2.13.0 >> constraints.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+
+.venv/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/installed-%: .venv/installed
+	$(INSTALL) --editable ".[$*]"
+	touch $@

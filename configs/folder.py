@@ -1,0 +1,32 @@
+"""Your own pictures: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP; "test" will do for "val").
+
+    python main.py --config=configs/folder.py --config.data.name=folder:DIR
+
+With DIR/train alone: --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'. Look first at what
+the net will see: --mode=show_data. A few thousand pictures are too few to start from nothing: give weights of
+ImageNet with --config.init_from=WORKDIR and a lower --config.schedule.learning_rate.
+"""
+
+from configs import default
+
+
+def get_config():
+    c = default.get_config()
+    c.batch_size = 64
+    c.total_epochs = 90.0
+    c.model.name = "ra56"
+    c.data.name = "folder:data"
+    c.data.eval_split = "val"
+    c.data.image_size = 224
+    c.data.mean = (0.485, 0.456, 0.406)
+    c.data.std = (0.229, 0.224, 0.225)
+    c.augment.random_resized_crop = True
+    c.augment.flip = True
+    c.augment.color_jitter = (0.4, 0.4, 0.4)
+    c.label_smoothing = 0.1
+    c.optimizer.decay_norms_and_biases = False
+    c.schedule.name = "cosine"
+    c.schedule.learning_rate = 0.025  # 0.1 for each 256 images
+    c.schedule.warmup = "5 epochs"
+    c.eval.batch_size = 64
+    return c

@@ -1,0 +1,26 @@
+"""The order of training: which example stands where, a function of the seed and the place alone."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """The order of one epoch: a permutation of 0 … examples - 1, int32, a function of (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(examples).astype(np.int32)
+
+
+def batch_rows(seed: int, step: int, batch_size: int, examples: int) -> np.ndarray:
+    """Rows of the batch of `step` (counted from 0), int32 [batch_size].
+
+    Epochs follow each other without a gap: each shows every example once, and one may end within a batch.
+    """
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    epoch, place = position // examples, position % examples
+    rows = np.empty(batch_size, np.int32)
+    for e in range(epoch[0], epoch[-1] + 1):
+        rows[epoch == e] = epoch_order(seed, e, examples)[place[epoch == e]]
+    return rows

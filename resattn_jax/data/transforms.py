@@ -1,0 +1,104 @@
+"""Geometry on the host, before pixels go to the devices: random resized crop, resize and centre crop, ten crops.
+
+The decoder shrinks a picture as far as the crop allows; OpenCV or Pillow does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import cv2
+import numpy as np
+import PIL.Image
+
+from resattn_jax.data.pictures import Picture, Scratch
+from resattn_jax.data.randaugment import randaugment
+
+cv2.setNumThreads(0)  # examples are spread over threads already
+_scratch = Scratch()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """A picture to uint8 [size, size, 3]. crop: random resized crop, else resize and centre crop of the whole.
+
+    area and aspect are the ranges of the crop's share of the picture and of its width / height; randaugment is
+    (operations an image, magnitude 0 to 10), no operations for none.
+    """
+
+    size: int
+    crop: bool
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    randaugment: tuple[int, float]
+
+    def __call__(self, picture: Picture, rng: np.random.Generator, out: np.ndarray) -> None:
+        """Writes the result to `out`. Raises BrokenPicture."""
+        if self.crop:
+            resize(picture, crop_box(rng, picture.height, picture.width, self.area, self.aspect), out)
+        else:
+            out[...] = EvalTransform(self.size, 1.0, 1)(picture)[0]
+        if self.randaugment[0]:
+            out[...] = randaugment(rng, out, *self.randaugment)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """A picture to views uint8 [views, size, size, 3]: 1 is the centre, 5 the four corners and the centre.
+
+    The picture is resized so that its shorter side is size / fraction (Pillow's antialiased bilinear, as in the
+    evaluation of the published nets), then cropped.
+    """
+
+    size: int
+    fraction: float
+    views: int
+
+    def __call__(self, picture: Picture, shrink: int = 1) -> np.ndarray:
+        """Raises BrokenPicture."""
+        image = PIL.Image.fromarray(picture.pixels(shrink))
+        scale = round(self.size / self.fraction) / min(image.size)
+        width, height = (max(round(side * scale), self.size) for side in image.size)
+        if (width, height) != image.size:
+            image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+        bottom, right = height - self.size, width - self.size
+        corners = [(round(bottom / 2), round(right / 2))]
+        if self.views == 5:
+            corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), *corners]
+        pixels = np.asarray(image)
+        return np.stack([pixels[y : y + self.size, x : x + self.size] for y, x in corners])
+
+
+def crop_box(
+    rng: np.random.Generator, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A window (top, left, height, width) of random share and shape (Szegedy et al., "Going deeper", section 6).
+
+    The share is uniform in `area`, the shape log-uniform in `aspect`. When ten draws do not fit into the picture, it
+    is the largest window in the middle whose shape is allowed.
+    """
+    for _ in range(10):
+        share = rng.uniform(*area) * height * width
+        shape = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(share * shape)), round(math.sqrt(share / shape))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w, h = min(width, max(round(height * aspect[1]), 1)), min(height, max(round(width / aspect[0]), 1))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(picture: Picture, box: tuple[int, int, int, int], out: np.ndarray) -> None:
+    """Writes the window (top, left, height, width) of a picture, resized, to `out`, uint8 [H, W, 3].
+
+    The decoder halves the picture as often as the window stays larger than the result; what is left for bilinear
+    interpolation is less than a factor of two on one side, so that nothing is skipped over.
+    """
+    top, left, height, width = box
+    shrink = 1
+    while shrink < 8 and height >= 2 * shrink * out.shape[0] and width >= 2 * shrink * out.shape[1]:
+        shrink *= 2
+    pixels = picture.top_pixels(top + height, shrink, _scratch)
+    y, x = top // shrink, left // shrink
+    window = pixels[y : y + max(height // shrink, 1), x : x + max(width // shrink, 1)]
+    cv2.resize(window, (out.shape[1], out.shape[0]), dst=out, interpolation=cv2.INTER_LINEAR)

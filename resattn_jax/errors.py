@@ -1,0 +1,17 @@
+"""The two kinds of fault a person is told of in one line, without a traceback."""
+
+
+class UsageError(Exception):
+    """The command line, the config or the data is at fault; the message says what to do. Exit status 2."""
+
+
+class RunError(Exception):
+    """The run itself failed, for instance because the loss is no longer finite. Exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after it saved a checkpoint. Exit status 128 + signal, as a shell has it."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal

@@ -1,0 +1,54 @@
+"""The machine a run is on: processes, devices, the mesh, and JAX's settings for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+
+def initialize(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other hosts of a cluster, if there is one, and keeps compiled programs for the next start.
+
+    Cloud TPU, GKE and Slurm are found without any argument; elsewhere every host is given the address (HOST:PORT) of
+    the first, how many there are, and which one it is. Call before anything else uses JAX.
+    """
+    if coordinator_address:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    else:
+        with contextlib.suppress(ValueError):  # "coordinator_address should be defined": there is no cluster
+            jax.distributed.initialize()
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """All devices of all hosts (or those given) in one axis, "data"."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """ "auto" is bfloat16 on accelerators and float32 on the CPU, which has no fast bfloat16."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def default_steps_per_dispatch() -> int:
+    """50 on accelerators; 1 on the CPU, where XLA runs the body of a loop on one core."""
+    return 1 if jax.default_backend() == "cpu" else 50
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """Such as '8 TPU v5 lite (2 hosts)'."""
+    kind = mesh.devices.flat[0].device_kind
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {kind}{hosts}"

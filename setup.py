@@ -1,0 +1,46 @@
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+    name="resattn_jax",
+    version=re.search(r'__version__ = "(.*)"', (HERE / "resattn_jax/__init__.py").read_text())[1],
+    description="Residual Attention Networks (Wang et al., CVPR 2017) in JAX and Flax, for TPU and GPU",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["resattn_jax*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "array-record",
+        "clu>=0.0.12",
+        "flax>=0.12",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "grain>=0.2.18",
+        "jax>=0.10",
+        "ml-collections>=1.1",
+        "numpy>=2",
+        "opencv-python-headless",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "pillow",
+        "rich",
+        "safetensors",
+        "scikit-learn",
+        "simplejpeg>=1.9",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda13": ["jax[cuda13]"],
+        "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
+        "torch": ["torch>=2.13"],
+        "test": ["psutil", "pytest", "pytest-xdist"],
+        "lint": ["ruff"],
+    },
+)

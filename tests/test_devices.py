@@ -1,0 +1,77 @@
+"""One program for any number of devices, here eight CPU devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from resattn_jax.checkpoint import Checkpoints
+from resattn_jax.data.resident import put
+from resattn_jax.errors import UsageError
+from resattn_jax.evaluate import evaluate_checkpoint
+from resattn_jax.experiment import build
+from resattn_jax.train import train_and_evaluate
+from resattn_jax.train_step import make_train_steps
+
+
+def run_steps(config, devices, steps):
+    """The state and the metrics after so many steps of a config."""
+    experiment = build(config, devices)
+    compiled = make_train_steps(
+        experiment.model, experiment.optimizer, experiment.recipe, experiment.mesh, experiment.train.take, 1
+    )
+    state, history = experiment.initial_state(), []
+    for step in range(steps):
+        rows = experiment.train.train_batches(config.seed, step, 1, config.batch_size, 1)
+        one = put(np.int32(1), experiment.mesh, jax.sharding.PartitionSpec())
+        state, metrics = compiled(state, experiment.train.arrays, rows, one)
+        history.append(jax.tree.map(lambda x: float(x[0]), metrics))
+    return state, history
+
+
+def test_eight_devices_with_synchronised_statistics_train_as_one_does(tiny_config):
+    """Crop, mixup, loss, gradients, running statistics and moving average, in float32, after three steps."""
+    tiny_config.sync_batch_norm = True
+    one, one_metrics = run_steps(tiny_config, jax.devices()[:1], 3)
+    eight, eight_metrics = run_steps(tiny_config, jax.devices(), 3)
+    for a, b in zip(one_metrics, eight_metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["top1"] == b["top1"]
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(eight), strict=True):
+        difference = np.linalg.norm(np.asarray(a) - np.asarray(b))
+        assert difference <= 1e-4 * np.linalg.norm(a) + 1e-6, jax.tree_util.keystr(path)
+
+
+def test_without_it_every_device_has_its_own_statistics(tiny_config):
+    """The loss of the same weights and batch differs, and the new running statistics are the devices' mean."""
+    _, one = run_steps(tiny_config, jax.devices()[:1], 1)
+    state, eight = run_steps(tiny_config, jax.devices(), 1)
+    assert abs(one[0]["loss"] - eight[0]["loss"]) > 1e-4
+    for leaf in jax.tree.leaves(state):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == 8
+        for shard in shards[1:]:
+            np.testing.assert_array_equal(shards[0], shard)
+
+
+def test_a_checkpoint_of_eight_devices_is_measured_and_continued_on_other_numbers(tiny_config, tmp_path):
+    tiny_config.total_steps = 6
+    tiny_config.schedule.name = "constant"
+    result = train_and_evaluate(tiny_config, tmp_path)
+    for devices in (1, 2, 8):
+        measured = evaluate_checkpoint(tiny_config, tmp_path, "newest", jax.devices()[:devices])
+        assert measured["examples"] == 360
+        assert measured["top1"] == result["final"]["top1"]
+        assert measured["loss"] == pytest.approx(result["final"]["loss"], rel=1e-5)
+    tiny_config.total_steps = 8
+    assert train_and_evaluate(tiny_config, tmp_path, jax.devices()[:2])["step"] == 8
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps()[-1] == 8
+
+
+def test_a_batch_that_does_not_divide_is_an_error_naming_sizes_that_do(tiny_config):
+    tiny_config.batch_size = 33
+    with pytest.raises(UsageError, match="batch_size is 33, which does not divide by the 8 devices; 32 or 40 would"):
+        build(tiny_config)
+    tiny_config.batch_size = 40
+    with pytest.raises(UsageError, match="leaves 5 for each of the 8 devices"):
+        build(tiny_config)

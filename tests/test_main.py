@@ -1,0 +1,102 @@
+"""The command line, run as a person runs it: exit statuses, one-line errors, stopping and going on."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SMALL = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
+
+
+def main(*arguments):
+    command = [sys.executable, "main.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config=configs/digit.py", "there is no config 'configs/digit.py' (did you mean 'configs/digits.py'?)"),
+        ("--config.batch_sise=3", "there is no config.batch_sise (did you mean 'config.batch_size'?)"),
+        ("--config.optimizer.momentun=3", "(did you mean 'config.optimizer.momentum'?)"),
+        ("--config.batch_size=many", "--config.batch_size=many: invalid literal for int()"),
+        ("--config.label_smoothing=x", "--config.label_smoothing=x: could not convert string to float"),
+        ("--config.model.name=ra93", "unknown model 'ra93' (did you mean 'ra92'?); there are ra56, ra92, ranext56"),
+        ("--config.model.attention=chanel", "attention is 'chanel'; it must be one of mixed, channel, spatial"),
+        ("--config.data.name=digit", "unknown data set 'digit' (did you mean 'digits'?)"),
+        ("--config.batch_size=0", "config.batch_size is 0; it must be 1 or more"),
+        ("--config.eval.every=often", "config.eval.every is 'often'; write '500 steps', '5 epochs' or '30%'"),
+        ("--mode=trian", "--mode=trian: value should be one of <train|evaluate|prepare|show_data|"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
+        ("train", "unexpected argument 'train'"),
+        ("--mode=evaluate", "there is no checkpoint in"),
+    ],
+)
+def test_a_fault_of_the_command_line_is_one_line_and_status_2(argument, message, tmp_path):
+    workdir = tmp_path / "run"
+    done = main(argument, f"--workdir={workdir}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not workdir.exists()  # a mistake leaves nothing behind
+
+
+def test_both_totals_by_hand_are_refused_and_one_clears_the_other(tmp_path):
+    assert "not both" in main("--config.total_steps=3", "--config.total_epochs=2").stderr
+    done = main("--config.total_steps=2", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["total_steps"], config["total_epochs"]) == (2, None)
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
+
+
+def test_a_run_stopped_by_a_signal_goes_on_and_is_then_evaluated(tmp_path):
+    """SIGTERM in the middle: status 143 and a checkpoint; the same command goes on; --mode=evaluate measures it."""
+    run = ["--config.total_steps=400", "--config.log_every=5 steps", "--config.eval.every=400 steps", *SMALL]
+    command = [sys.executable, "main.py", *run, f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "the same command goes on from there" in errors
+
+    done = main(*run[1:], "--config.total_steps=60", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step" in done.stdout
+    assert "config.total_steps was 400" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+
+    measured = main(*run, "--mode=evaluate", "--checkpoint=best", f"--workdir={tmp_path}")
+    assert measured.returncode == 0, measured.stderr
+    assert f"{result['best']['top1']:.2%}" in measured.stdout
+    for word in ("360 examples", "class", "top-5"):
+        assert word in measured.stdout
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_weights(tmp_path):
+    main("--config.total_steps=1", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
+    done = main("--mode=evaluate", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "does not fit the model" in done.stderr
+    assert "first params/stage1_attention1/first1/conv1/kernel: absent in the checkpoint" in done.stderr
+
+
+def test_neither_the_package_nor_a_run_imports_tensorflow(tmp_path):
+    arguments = ["main.py", "--config.total_steps=1", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}"]
+    code = f"""
+import sys
+import resattn_jax, main
+sys.argv = {arguments}
+main.main(sys.argv)
+print(sorted({{"tensorflow", "tensorboard"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

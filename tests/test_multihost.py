@@ -1,0 +1,48 @@
+"""Two processes, each with a device of its own, train as one process with two devices does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+RUN = ["--config.total_steps=6", "--config.batch_size=32", "--config.log_every=3 steps", "--config.eval.every=3 steps"]
+RUN += ["--config.sync_batch_norm=True", "--config.model.p=0", "--config.model.t=1", "--config.model.last=0"]
+
+
+def start(workdir, *flags, devices):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "main.py", *RUN, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """The same metrics, logged by one of them; every test image counted once; checkpoints written once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
+    together = tmp_path / "together"
+    both = [start(together, coordinator, "--num_processes=2", f"--process_id={i}", devices=1) for i in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0][1] + said[1][1]
+    assert "step 6/6" in said[0][0]
+    assert "step" not in said[1][0]
+
+    alone = start(tmp_path / "alone", devices=2)
+    alone.communicate(timeout=300)
+    assert alone.returncode == 0
+    logs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (together, tmp_path / "alone")
+    ]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours.keys() - {"train/images_per_second"} == theirs.keys() - {"train/images_per_second"}
+        for key in ours.keys() & {"step", "train/loss", "train/top1", "eval/loss", "eval/top1", "eval/examples"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert sorted(p.name for p in (together / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6"]

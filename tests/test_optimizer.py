@@ -1,0 +1,101 @@
+"""Schedules and SGD, against values worked by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cifar10_ra92, cifar10_ra92_mixup, default
+from resattn_jax.config import Durations
+from resattn_jax.errors import UsageError
+from resattn_jax.optimizer import make_optimizer, make_schedule
+
+
+def schedule(examples=1000, **values):
+    c = default.get_config()
+    c.batch_size, c.total_steps = 10, values.pop("total_steps", 100)
+    c.schedule.update(values)
+    return make_schedule(c, Durations(c, examples))
+
+
+def test_step_divides_at_fractions_of_the_run():
+    s = schedule(name="step", learning_rate=0.1, boundaries=("30%", "60%", "90%"), factor=0.1)
+    got = [float(s(step)) for step in (0, 29, 30, 59, 60, 89, 90, 99)]
+    np.testing.assert_allclose(got, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001], rtol=1e-5)
+
+
+def test_step_boundaries_may_be_steps_and_epochs_and_are_counted_from_the_start_of_the_run():
+    s = schedule(name="step", boundaries=("50 steps", "0.8 epochs"), warmup="10 steps")
+    got = [float(s(step)) for step in (0, 5, 10, 49, 50, 79, 80)]
+    np.testing.assert_allclose(got, [0, 0.05, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-5, atol=1e-9)
+
+
+def test_cosine_linear_and_constant():
+    np.testing.assert_allclose(
+        [float(schedule(name="cosine", learning_rate=0.2)(step)) for step in (0, 25, 50, 100)],
+        [0.2, 0.1 * (1 + 2**-0.5), 0.1, 0.0],
+        rtol=1e-5,
+        atol=1e-8,
+    )
+    linear = schedule(name="linear", learning_rate=0.2, warmup="20 steps")
+    np.testing.assert_allclose([float(linear(step)) for step in (10, 20, 60, 100)], [0.1, 0.2, 0.1, 0], atol=1e-7)
+    assert float(schedule(name="constant", learning_rate=0.3)(77)) == pytest.approx(0.3)
+
+
+def test_the_public_recipes_have_their_published_lengths():
+    """PyTorch train.py: 300 epochs, divided after epochs 90, 180, 270; train_mixup.py: 320, mixup in the first 300."""
+    plain = cifar10_ra92.get_config()
+    durations = Durations(plain, 50_000)
+    assert durations.total == 300 * 50_000 / 64
+    assert durations("schedule.boundaries") == tuple(round(e * 50_000 / 64) for e in (90, 180, 270))
+    mixup = cifar10_ra92_mixup.get_config()
+    durations = Durations(mixup, 50_000)
+    assert durations.total - durations("augment.mixup_off_last") == 300 * 50_000 / 64
+
+
+@pytest.mark.parametrize("text", ["5", "five epochs", "5 epoch s", "-3 steps", ""])
+def test_a_duration_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match=r"config\.schedule\.warmup is .*; write '500 steps', '5 epochs' or '30%'"):
+        schedule(warmup=text)
+
+
+def test_exactly_one_total_must_be_set():
+    c = default.get_config()
+    with pytest.raises(UsageError, match="exactly one"):
+        Durations(c, 100)
+    c.total_steps, c.total_epochs = 3, 3.0
+    with pytest.raises(UsageError, match="exactly one"):
+        Durations(c, 100)
+
+
+def updates(gradients, **values):
+    """The parameters {w: [[1]], b: [1]} after SGD steps with these gradients, learning rate 0.1."""
+    c = default.get_config()
+    c.total_steps = 100
+    c.optimizer.update(values)
+    optimizer = make_optimizer(c, lambda step: 0.1)
+    params = {"w": jnp.ones((1, 1)), "b": jnp.ones(1)}
+    state = optimizer.init(params)
+    for g in gradients:
+        step, state = optimizer.update({"w": jnp.full((1, 1), g), "b": jnp.full(1, g)}, state, params)
+        params = {name: params[name] + step[name] for name in params}
+    return float(params["w"][0, 0]), float(params["b"][0])
+
+
+def test_nesterov_momentum_is_pytorchs():
+    """v = 0.9 v + g; w -= 0.1 (g + 0.9 v): by hand, with g = 1 twice, 1 - 0.19 = 0.81, then 0.81 - 0.271 = 0.539."""
+    w, _ = updates([1.0, 1.0], weight_decay=0.0)
+    assert w == pytest.approx(0.539, rel=1e-5)
+    w, _ = updates([1.0, 1.0], weight_decay=0.0, nesterov=False)  # 1 - 0.1 - 0.19
+    assert w == pytest.approx(0.71, rel=1e-5)
+
+
+def test_weight_decay_is_added_to_the_gradient_of_all_or_of_kernels_alone():
+    assert updates([0.0], weight_decay=0.5, momentum=0.0) == pytest.approx((0.95, 0.95))
+    kernels_only = updates([0.0], weight_decay=0.5, momentum=0.0, decay_norms_and_biases=False)
+    assert kernels_only == pytest.approx((0.95, 1.0))
+
+
+def test_clipping_bounds_the_global_norm():
+    """A gradient (3, 3) has norm 3 sqrt(2); clipped to 1 each part is 1 / sqrt(2)."""
+    w, b = updates([3.0], weight_decay=0.0, momentum=0.0, clip_norm=1.0)
+    assert w == b == pytest.approx(1 - 0.1 / 2**0.5, rel=1e-5)

@@ -1,0 +1,363 @@
+"""The streaming pipeline: order, sharding, faults, and a run on a folder of pictures."""
+
+import gc
+import json
+import logging
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import PIL.Image
+import psutil
+import pytest
+from test_sources import broken_files, encoded
+
+from resattn_jax.contact_sheet import write_contact_sheet
+from resattn_jax.data.batches import ProcessBatches, ThreadedBatches, TrainBatches
+from resattn_jax.data.order import batch_rows
+from resattn_jax.data.sources import open_source
+from resattn_jax.data.streaming import Streaming
+from resattn_jax.data.transforms import EvalTransform, TrainTransform
+from resattn_jax.errors import RunError, UsageError
+from resattn_jax.evaluate import evaluate_checkpoint
+from resattn_jax.experiment import build
+from resattn_jax.runtime import make_mesh
+from resattn_jax.train import train_and_evaluate
+
+PLAIN = TrainTransform(8, False, (0.08, 1.0), (0.75, 4 / 3), (0, 9))
+RANDOM = TrainTransform(24, True, (0.08, 1.0), (0.75, 4 / 3), (2, 9))
+CENTRE = EvalTransform(8, 1.0, 1)
+
+
+class Numbers:
+    """Examples that carry their row: label and every pixel are the row's number."""
+
+    image_shape = (8, 8, 3)
+    class_names = tuple(map(str, range(250)))
+
+    def __init__(self, count, broken=()):
+        self._count, self._broken, self.read = count, set(broken), []
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        data = encoded(PIL.Image.new("RGB", (8, 8), (row, row, row)))
+        return (data[:20] if row in self._broken else data), row
+
+    def name(self, row):
+        return f"example {row}"
+
+
+class Deadly(Numbers):
+    """Ends the worker process that reads it, as the kernel does when memory runs out."""
+
+    def __getitem__(self, row):
+        if row == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def stream(source, transform=PLAIN, workers=0, skip=False, devices=None):
+    return Streaming(source, make_mesh(devices), transform, workers, skip)
+
+
+def batches(pipeline, steps, size=16, seed=3):
+    got = [jax.device_get(pipeline.train_batches(seed, step, 1, size, 1)) for step in steps]
+    pipeline.close()
+    return got
+
+
+def test_the_order_is_the_resident_pipelines_and_pictures_keep_their_labels():
+    for step, batch in enumerate(batches(stream(Numbers(40)), range(6))):
+        assert batch["image"].shape == (1, 16, 8, 8, 3)
+        np.testing.assert_array_equal(batch["label"][0], batch_rows(3, step, 16, 40))
+        np.testing.assert_array_equal(batch["image"][0, :, 4, 4, 0], batch["label"][0])
+
+
+def test_going_on_at_a_step_gives_the_same_batches_and_reads_nothing_before_it():
+    source = Numbers(200)
+    straight = batches(stream(source, RANDOM), range(8))
+    source.read.clear()
+    cut = batches(stream(source, RANDOM), range(6, 8))
+    jax.tree.map(np.testing.assert_array_equal, straight[6:], cut)
+    before = {row for step in range(6) for row in batch_rows(3, step, 16, 200)}
+    assert not before & set(source.read)
+
+
+def test_a_batch_is_the_same_whatever_the_number_of_workers_and_devices(tfds_dir):
+    source = open_source("imagenet2012", "train", tfds_dir)
+    expected = batches(stream(source, RANDOM), range(17, 21))
+    for workers, devices in ((1, None), (3, None), (0, jax.devices()[:1])):
+        got = batches(stream(source, RANDOM, workers, devices=devices), range(17, 21))
+        jax.tree.map(np.testing.assert_array_equal, expected, got)
+
+
+def test_the_same_picture_is_cut_otherwise_in_the_next_epoch_and_by_another_seed(tfds_dir):
+    source = open_source("imagenet2012", "train[:16]", tfds_dir)
+
+    def by_label(batch):
+        return batch["image"][0][np.argsort(batch["label"][0], kind="stable")]
+
+    first, second = batches(stream(source, RANDOM), range(2))
+    (other,) = batches(stream(source, RANDOM), range(1), seed=4)
+    for batch in (second, other):
+        np.testing.assert_array_equal(np.sort(first["label"]), np.sort(batch["label"]))
+        assert (by_label(first) != by_label(batch)).mean() > 0.9
+
+
+def test_hosts_read_disjoint_parts_that_make_up_the_batch_with_randomness_of_their_own():
+    """What each of two hosts reads, put together, is what one host reads."""
+    source = Numbers(100)
+    parts = [TrainBatches(source, RANDOM, 3, 16, places) for places in (np.arange(8), np.arange(8, 16))]
+    whole = next(ThreadedBatches(TrainBatches(source, RANDOM, 3, 16, np.arange(16)), 5, 2))
+    halves = [next(ThreadedBatches(part, 5, 2)) for part in parts]
+    np.testing.assert_array_equal(np.concatenate([h.images for h in halves]), whole.images)
+    np.testing.assert_array_equal(np.concatenate([h.labels for h in halves]), whole.labels)
+
+
+@pytest.mark.parametrize(
+    ("examples", "limit", "workers"), [(37, None, 0), (48, None, 0), (37, 20, 0), (5, None, 0), (37, None, 2)]
+)
+def test_an_evaluation_sees_every_example_once(examples, limit, workers):
+    seen = []
+    for batch, mask in stream(Numbers(examples), CENTRE, workers).eval_batches(16, limit):
+        assert batch["image"].shape == (16, 8, 8, 3)
+        seen += list(np.asarray(batch["label"])[np.asarray(mask)])
+    assert seen == list(range(limit or examples))
+
+
+def test_an_evaluation_that_is_given_up_ends_its_threads():
+    import threading
+
+    before = threading.active_count()
+    iterator = stream(Numbers(200), CENTRE).eval_batches(16, None)
+    next(iterator)
+    iterator.close()
+    assert threading.active_count() <= before
+
+
+# ---- Faults.
+
+
+def test_a_broken_picture_ends_the_run_with_its_name():
+    with pytest.raises(UsageError, match=r"example 9 cannot be read: .*set config.data.broken=skip"):
+        batches(stream(Numbers(20, broken={9})), range(2))
+    with pytest.raises(UsageError, match="example 9 cannot be read"):
+        list(stream(Numbers(20, broken={9}), CENTRE).eval_batches(8, None))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_pictures_are_told_of_and_counted_once_and_others_stand_in_their_places(caplog, workers):
+    broken = {3, 9, 17}
+    pipeline = stream(Numbers(24, broken), PLAIN, workers, skip=True)
+    with caplog.at_level(logging.WARNING, "resattn_jax"):
+        got = batches(pipeline, range(6), size=8)  # two epochs
+    assert pipeline.skipped == 3
+    assert sorted(r.args[0] for r in caplog.records) == ["example 17", "example 3", "example 9"]
+    assert not broken & set(np.concatenate([b["label"][0] for b in got]))
+    for step, batch in enumerate(got):
+        rows = batch_rows(3, step, 8, 24)
+        kept = ~np.isin(rows, list(broken))
+        np.testing.assert_array_equal(batch["label"][0][kept], rows[kept])
+        np.testing.assert_array_equal(batch["image"][0, :, 0, 0, 0], batch["label"][0])
+    again = batches(stream(Numbers(24, broken), PLAIN, 0, skip=True), range(6), size=8)
+    jax.tree.map(np.testing.assert_array_equal, got, again)
+
+
+def test_skipped_pictures_do_not_count_in_an_evaluation():
+    pipeline, seen = stream(Numbers(24, {0, 23}), CENTRE, skip=True), []
+    for batch, mask in pipeline.eval_batches(16, None):
+        seen += list(np.asarray(batch["label"])[np.asarray(mask)])
+    assert seen == list(range(1, 23))
+    assert pipeline.skipped == 2
+
+
+def test_a_set_of_broken_pictures_alone_is_an_error():
+    with pytest.raises(UsageError, match="of 20 pictures none could be read; the last was example"):
+        batches(stream(Numbers(8, range(8)), skip=True), range(1), size=8)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_wait():
+    began = time.monotonic()
+    with pytest.raises(RunError, match="a data worker failed: "):
+        batches(stream(Deadly(32), workers=2), range(20))
+    assert time.monotonic() - began < 60
+
+
+def test_an_error_in_a_worker_process_is_the_one_that_a_thread_raises():
+    source = Numbers(8, range(8))
+    with pytest.raises(UsageError, match="of 20 pictures none could be read; the last was example"):
+        next(ProcessBatches(TrainBatches(source, PLAIN, 0, 8, np.arange(8)), 0, workers=1, threads=1))
+
+
+# ---- A whole run.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Red and blue pictures of many sizes, easy to tell apart."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for name, color in (("blue", (40, 40, 200)), ("red", (200, 40, 40))):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(count):
+                size = tuple(int(s) for s in rng.integers(20, 90, 2))
+                image = PIL.Image.new("RGB", size, tuple(int(c + rng.integers(-30, 31)) for c in color))
+                image.save(tmp_path / "pictures" / split / name / f"{i}.jpg")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def folder_config(tiny_config, folder):
+    """A run on it with every transform in use."""
+    c = tiny_config
+    c.data.name, c.data.eval_split, c.data.image_size = f"folder:{folder}", "val", 16
+    c.augment.random_resized_crop, c.augment.flip, c.augment.randaugment = True, True, 1
+    c.augment.randaugment_magnitude = 3.0
+    c.augment.color_jitter, c.augment.pca_lighting = (0.1, 0.1, 0.1), 0.1
+    c.augment.random_erasing, c.augment.cutout, c.augment.cutmix_alpha = 0.2, 4, 1.0
+    c.batch_size, c.eval.batch_size = 16, 8
+    return c
+
+
+def test_a_run_on_a_folder_learns_keeps_the_classes_and_is_measured(folder_config, tmp_path, folder):
+    folder_config.total_steps = 40
+    result = train_and_evaluate(folder_config, tmp_path / "run", jax.devices()[:2])
+    assert result["final"]["top1"] >= 0.9
+    assert (tmp_path / "run/classes.txt").read_text() == "blue\nred\n"
+    for views in (1, 2, 10):
+        folder_config.eval.views = views
+        measured = evaluate_checkpoint(folder_config, tmp_path / "run", "newest", jax.devices()[:1])
+        assert measured["examples"] == 16
+        assert measured["top1"] >= 0.9
+    (folder / "train/red").rename(folder / "train/green")
+    (folder / "val/red").rename(folder / "val/green")
+    with pytest.raises(UsageError, match=r"has other classes than .*: green, red differ"):
+        evaluate_checkpoint(folder_config, tmp_path / "run", "newest", jax.devices()[:1])
+
+
+def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(folder_config, one_device, tmp_path):
+    from test_train import assert_same_bits, final_state
+
+    folder_config.schedule.name, folder_config.augment.mixup_off_last = "constant", "0 steps"
+    straight = folder_config.copy_and_resolve_references()
+    train_and_evaluate(straight, tmp_path / "straight", one_device)
+    folder_config.total_steps = 7
+    train_and_evaluate(folder_config, tmp_path / "cut", one_device)
+    folder_config.total_steps = 12
+    folder_config.data.workers = 2
+    train_and_evaluate(folder_config, tmp_path / "cut", one_device)
+    first, second = (final_state(folder_config, tmp_path / name, one_device) for name in ("straight", "cut"))
+    assert_same_bits(first, second)
+
+
+def test_thirty_broken_files_in_a_folder_are_named_counted_and_left_out(folder_config, folder, one_device, tmp_path):
+    for name, data in broken_files().items():
+        suffix = name.rpartition(".")[2].replace("jpeg", "jpg")
+        (folder / "train" / "red" / f"broken_{name.replace('.', '_')}.{suffix}").write_bytes(data)
+    (folder / "val" / "blue" / "0.jpg").write_bytes(b"")
+    folder_config.total_epochs, folder_config.total_steps = 3.0, None
+    with pytest.raises(UsageError, match=r"train/red/broken_.* cannot be read: "):
+        train_and_evaluate(folder_config, tmp_path / "fails", one_device)
+    folder_config.data.broken = "skip"
+    result = train_and_evaluate(folder_config, tmp_path / "skips", one_device)
+    assert result["step"] > 0
+    logged = [json.loads(line) for line in (tmp_path / "skips/metrics.jsonl").read_text().splitlines()]
+    counts = [line["train/broken_pictures_skipped"] for line in logged if "train/broken_pictures_skipped" in line]
+    assert counts[-1] == len(broken_files())
+    measured = [line for line in logged if "eval/top1" in line][-1]
+    assert (measured["eval/examples"], measured["eval/broken_pictures_skipped"]) == (15, 1)
+
+
+def test_classes_that_differ_between_splits_are_an_error(folder_config, folder):
+    (folder / "val/red").rename(folder / "val/green")
+    with pytest.raises(UsageError, match="differ between its splits: only train has red; only val has green"):
+        build(folder_config)
+
+
+def test_a_contact_sheet_shows_the_batch(folder_config, tmp_path):
+    path = write_contact_sheet(folder_config, tmp_path)
+    sheet = PIL.Image.open(path)
+    assert sheet.format == "PNG"
+    assert sheet.size == (8 * (128 + 4), 2 * (128 + 32))
+    assert len(sheet.getcolors(100_000)) > 100
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.pipeline", "resident", "cannot be resident: the images have different sizes"),
+        ("data.pipeline", "fast", "it must be one of auto, resident, streaming"),
+        ("data.image_size", None, "set config.data.image_size, say to 224"),
+        ("data.mean_image", True, "config.data.mean_image is for resident sets"),
+        ("data.label_noise", 0.1, "config.data.label_noise is for resident sets"),
+        ("data.broken", "ignore", "it must be one of fail, skip"),
+        ("steps_per_dispatch", 4, "config.steps_per_dispatch must be 1, or unset"),
+        ("augment.crop_area", (0.5, 0.1), r"write \(least, most\), such as \(0.08, 1.0\)"),
+        ("augment.color_jitter", (0.5, 2.0, 0.0), "write three numbers from 0 to 1"),
+        ("eval.views", 3, "it must be one of 1, 2, 10"),
+        ("eval.crop_fraction", 1.5, "it must be over 0 and at most 1"),
+    ],
+)
+def test_what_cannot_be_is_told(folder_config, key, value, message):
+    with folder_config.ignore_type():
+        folder_config.update_from_flattened_dict({key: value})
+    with pytest.raises(UsageError, match=message):
+        build(folder_config)
+
+
+def test_a_set_of_one_size_is_resident_unless_something_needs_the_host(tiny_config):
+    from resattn_jax.data.resident import Resident
+
+    assert isinstance(build(tiny_config).train, Resident)
+    tiny_config.augment.random_resized_crop = True
+    assert isinstance(build(tiny_config).train, Streaming)
+    tiny_config.data.pipeline = "resident"
+    with pytest.raises(UsageError, match=r"cannot be resident: config.augment.random_resized_crop is set"):
+        build(tiny_config)
+
+
+def test_memory_stays_flat_over_fifty_epochs_of_the_sample(tfds_dir):
+    source = open_source("imagenet2012", "train", tfds_dir)
+    transform = TrainTransform(64, True, (0.08, 1.0), (0.75, 4 / 3), (0, 9))
+    pipeline, process, used = stream(source, transform, devices=jax.devices()[:1]), psutil.Process(), []
+    for step in range(50):  # a batch is an epoch
+        pipeline.train_batches(0, step, 1, 300, 1)
+        if step % 10 == 9:
+            gc.collect()
+            used.append(process.memory_info().rss / 2**20)
+    pipeline.close()
+    assert max(used[1:]) - used[0] < 40, used  # MB; one epoch is 3.5 MB of pixels and 35 MB of files
+
+
+def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_again():
+    pipeline = stream(Numbers(250), devices=jax.devices()[:1])
+    held = [pipeline.train_batches(3, step, 1, 16, 1) for step in range(12)]
+    time.sleep(0.2)
+    pipeline.close()
+    for step, batch in enumerate(held):
+        np.testing.assert_array_equal(np.asarray(batch["image"])[0, :, 0, 0, 0], batch_rows(3, step, 16, 250))
+
+
+def test_two_hosts_stream_parts_of_one_run(tmp_path):
+    """Each reads its own part of every batch; what they log together is what one process with two devices logs."""
+    import socket
+
+    from test_multihost import start
+
+    streamed = ["--config.data.pipeline=streaming", "--config.eval.batch_size=100"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        hosts = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    both = [start(tmp_path / "two", *hosts, f"--process_id={i}", *streamed, devices=1) for i in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0][1] + said[1][1]
+    alone = start(tmp_path / "one", *streamed, devices=2)
+    said = alone.communicate(timeout=300)
+    assert alone.returncode == 0, said[1]
+    two, one = (json.loads((tmp_path / run / "result.json").read_text())["final"] for run in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-4)

@@ -1,0 +1,158 @@
+"""A run: what it leaves behind, and that being cut off changes nothing."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from resattn_jax.checkpoint import Checkpoints
+from resattn_jax.data.resident import Resident
+from resattn_jax.errors import Interrupted, RunError, UsageError
+from resattn_jax.evaluate import evaluate_checkpoint
+from resattn_jax.experiment import build
+from resattn_jax.train import train_and_evaluate
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(config, workdir, devices):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(checkpoints.find("newest"), build(config, devices).abstract_state())[0]
+
+
+def assert_same_bits(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""
+    train_batches = Resident.train_batches
+
+    def signalling(self, seed, first, count, *rest):
+        if first < step <= first + count:
+            signal.raise_signal(signal.SIGTERM)
+        return train_batches(self, seed, first, count, *rest)
+
+    monkeypatch.setattr(Resident, "train_batches", signalling)
+
+
+def test_a_run_leaves_what_the_contract_names(tiny_config, one_device, tmp_path):
+    result = train_and_evaluate(tiny_config, tmp_path, one_device)
+
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["step"] == 12
+    assert result["train_images_per_second"] > 0
+    assert set(result["final"]) == {"top1", "top5", "loss"}
+    assert set(result["best"]) == {"top1", "top5", "loss", "step"}
+    assert result["best"]["top1"] >= result["final"]["top1"]
+    assert json.loads((tmp_path / "config.json").read_text())["batch_size"] == 32
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert "head/kernel" in (tmp_path / "parameters.txt").read_text()
+
+    logged = lines(tmp_path)
+    assert [line["step"] for line in logged if "train/loss" in line] == [4, 8, 12]
+    evaluated = [line for line in logged if "eval/top1" in line]
+    assert [line["step"] for line in evaluated] == [6, 12]  # the last step once, although 12 is due anyway
+    assert all(line["eval/examples"] == 360 for line in evaluated)  # a batch of 100 does not divide 360
+    assert evaluated[-1]["eval/top1"] == result["final"]["top1"]
+
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [6, 12]
+        assert checkpoints.find("best") == result["best"]["step"]
+
+    measured = evaluate_checkpoint(tiny_config, tmp_path, "newest", one_device)
+    assert measured["top1"] == result["final"]["top1"]
+    assert measured["loss"] == pytest.approx(result["final"]["loss"], rel=1e-6)
+    assert len(measured["class_top1"]) == 10
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 5])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+    tiny_config, one_device, tmp_path, monkeypatch, steps_per_dispatch
+):
+    """Weights, momentum, running statistics, moving average and step; stopped where nothing else was due."""
+    tiny_config.steps_per_dispatch = steps_per_dispatch
+    train_and_evaluate(tiny_config, tmp_path / "straight", one_device)
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Interrupted, match=r"stopped at step (7|8) of 12") as stopped:
+            train_and_evaluate(tiny_config, tmp_path / "cut", one_device)
+        assert stopped.value.signal == signal.SIGTERM
+    result = train_and_evaluate(tiny_config, tmp_path / "cut", one_device)
+
+    straight, cut = (final_state(tiny_config, tmp_path / name, one_device) for name in ("straight", "cut"))
+    assert straight.step == cut.step == 12
+    assert_same_bits(straight, cut)
+    evals = {name: [line for line in lines(tmp_path / name) if "eval/top1" in line] for name in ("straight", "cut")}
+    assert evals["straight"] == evals["cut"]
+    assert result["best"]["step"] in (6, 12)
+
+
+def test_a_finished_run_started_again_trains_nothing_and_keeps_its_result(tiny_config, one_device, tmp_path):
+    first = train_and_evaluate(tiny_config, tmp_path, one_device)
+    before = final_state(tiny_config, tmp_path, one_device)
+    again = train_and_evaluate(tiny_config, tmp_path, one_device)
+    assert again == first
+    assert len(lines(tmp_path)) == 5  # three of training, two of evaluation, none twice
+    assert_same_bits(before, final_state(tiny_config, tmp_path, one_device))
+
+
+def test_what_a_killed_run_logged_after_its_checkpoint_is_not_logged_twice(tiny_config, one_device, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 14, "train/loss": 1.0}) + "\n" + '{"step": 1')
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+    assert max(line["step"] for line in lines(tmp_path)) == 12
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tiny_config, one_device, tmp_path):
+    tiny_config.total_steps = 6
+    tiny_config.schedule.name = "constant"
+    tiny_config.schedule.warmup = "0 steps"
+    tiny_config.optimizer.clip_norm = None
+    tiny_config.eval.every = "2 steps"
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+
+    tiny_config.total_steps = 12
+    poison(tmp_path, tiny_config, one_device)
+    with pytest.raises(RunError, match=r"at step 9 is (nan|inf); the checkpoint of step 8 is kept"):
+        train_and_evaluate(tiny_config, tmp_path, one_device)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps()[-1] == 8
+
+
+def poison(workdir, config, devices):
+    """Adds a checkpoint of step 8 whose head is not a number."""
+    with Checkpoints(workdir) as checkpoints:
+        state, progress = checkpoints.restore(6, build(config, devices).abstract_state())
+        params = {**state.params, "head": jax.tree.map(lambda x: x * np.nan, state.params["head"])}
+        checkpoints.save(state.replace(step=state.step + 2, params=params), progress)
+
+
+def test_a_workdir_of_another_config_is_refused(tiny_config, one_device, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+    tiny_config.optimizer.weight_decay = 0.5
+    with pytest.raises(
+        UsageError, match=r"another config's run: config.optimizer.weight_decay is 0.0005 there and 0.5"
+    ):
+        train_and_evaluate(tiny_config, tmp_path, one_device)
+
+
+def test_a_run_may_be_made_longer(tiny_config, one_device, tmp_path):
+    tiny_config.schedule.name = "constant"
+    tiny_config.total_steps = 6
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+    tiny_config.total_steps = 8
+    assert train_and_evaluate(tiny_config, tmp_path, one_device)["step"] == 8
+
+
+def test_the_config_is_not_changed_by_its_reader(tiny_config, one_device, tmp_path):
+    before = tiny_config.to_json()
+    train_and_evaluate(tiny_config, tmp_path, one_device)
+    assert tiny_config.to_json() == before
