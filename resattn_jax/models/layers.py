@@ -97,7 +97,7 @@ def max_pool(x: jax.Array, *, window: int = 3, padding: str) -> jax.Array:
 
 
 def _interpolation_matrix(size: int, out: int) -> np.ndarray:
-    """[out, size] float32: row i holds the weights of output i with align_corners, i * (size - 1) / (out - 1)."""
+    """[out, size] float64: row i holds the weights of output i with align_corners, i * (size - 1) / (out - 1)."""
     position = np.arange(out) * ((size - 1) / (out - 1) if out > 1 else 0.0)
     low = np.minimum(position.astype(int), size - 1)
     high = np.minimum(low + 1, size - 1)
@@ -105,7 +105,7 @@ def _interpolation_matrix(size: int, out: int) -> np.ndarray:
     matrix = np.zeros((out, size))
     np.add.at(matrix, (np.arange(out), low), 1 - fraction)
     np.add.at(matrix, (np.arange(out), high), fraction)
-    return matrix.astype(np.float32)
+    return matrix
 
 
 def upsample_bilinear(x: jax.Array, shape: tuple[int, int]) -> jax.Array:

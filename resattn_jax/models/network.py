@@ -116,7 +116,7 @@ def attention_activation(x: jax.Array, kind: str) -> jax.Array:
     """Mask logits [B, H, W, C] to the mask (paper, section 3.3, equations 4-6): mixed, channel or spatial attention."""
     if kind == "mixed":
         return nn.sigmoid(x)
-    x32 = x.astype(jnp.float32)  # sums of squares over a map do not fit bfloat16
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # sums of squares over a map do not fit bfloat16
     if kind == "channel":
         x32 = x32 * jax.lax.rsqrt(jnp.sum(x32**2, axis=-1, keepdims=True) + 1e-12)
     else:
@@ -246,5 +246,5 @@ class ResidualAttentionNetwork(nn.Module):
                 x = unit(features, stride=stride if i == 1 else 1, name=f"tail_unit{i}")(x)
         if spec.unit == "preact":
             x = nn.relu(norm(name="head_norm")(x))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         return Linear(self.num_classes, initializer=spec.init, name="head")(x)
