@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from resattn_jax.models import NETS
-from resattn_jax.models.layers import Conv, Linear, max_pool, upsample_bilinear
+from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear
 from resattn_jax.models.network import AttentionModule, PreActivationUnit, attention_activation
 
 
@@ -196,7 +196,7 @@ def test_attention_learning(learning, factor):
     Attention residual learning gives (1 + M) * T, naive attention learning M * T.
     """
     spec = dataclasses.replace(NETS["ra_tiny"], p=0, t=0, r=0, last=0, learning=learning)
-    norm = functools.partial(nn.BatchNorm, use_running_average=True)
+    norm = functools.partial(BatchNorm, train=False)
     unit = functools.partial(PreActivationUnit, 8, conv=Conv, norm=norm)
     module = AttentionModule(spec, 0, unit, Conv, norm)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 2, 8)), jnp.float32)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resattn_jax.models.layers import Conv, Linear, max_pool, upsample_bilinear
+from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ class PreActivationUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        pre = nn.relu(self.norm(name="norm1")(x))
+        pre = self.norm(name="norm1", relu=True)(x)
         y = self.conv(self.features // 4, 1, name="conv1")(pre)
-        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.norm(name="norm2", relu=True)(y)
         y = self.conv(self.features // 4, 3, self.stride, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm3")(y))
+        y = self.norm(name="norm3", relu=True)(y)
         y = self.conv(self.features, 1, name="conv3")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
             x = self.conv(self.features, 1, self.stride, name="shortcut")(pre)
@@ -100,9 +100,9 @@ class ResNeXtUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.relu(self.norm(name="norm1")(self.conv(self.features // 2, 1, name="conv1")(x)))
+        y = self.norm(name="norm1", relu=True)(self.conv(self.features // 2, 1, name="conv1")(x))
         y = self.conv(self.features // 2, 3, self.stride, groups=32, name="conv2")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.norm(name="norm2", relu=True)(y)
         y = self.norm(name="norm3")(self.conv(self.features, 1, name="conv3")(y))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = self.norm(name="shortcut_norm")(self.conv(self.features, 1, self.stride, name="shortcut")(x))
@@ -158,9 +158,9 @@ class SoftMaskBranch(nn.Module):
                 y = upsample_bilinear(y, x.shape[1:3])
                 y = y + trunk if double_skip else y
         if spec.unit == "preact":  # the post-activation units have normalised already
-            y = nn.relu(self.norm(name="norm1")(y))
+            y = self.norm(name="norm1", relu=True)(y)
         y = self.conv(x.shape[-1], 1, name="conv1")(y)
-        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.norm(name="norm2", relu=True)(y)
         y = self.conv(x.shape[-1], 1, name="conv2")(y)
         return attention_activation(y, spec.attention)
 
@@ -214,19 +214,12 @@ class ResidualAttentionNetwork(nn.Module):
         """
         spec = self.spec
         conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype)
-        norm = functools.partial(  # running = 0.9 * running + 0.1 * batch, PyTorch's momentum of 0.1
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name)
         unit = functools.partial(UNITS[spec.unit], conv=conv, norm=norm)
 
         x = images.astype(self.dtype)
         x = conv(spec.stem.features, spec.stem.kernel_size, spec.stem.stride, name="stem_conv")(x)
-        x = nn.relu(norm(name="stem_norm")(x))
+        x = norm(name="stem_norm", relu=True)(x)
         if spec.stem.pool == 3:
             x = max_pool(x, padding="both" if spec.wiring == "double_skip" else "ceil")
         elif spec.stem.pool:
@@ -245,6 +238,6 @@ class ResidualAttentionNetwork(nn.Module):
             for i in range(1, units + 1):
                 x = unit(features, stride=stride if i == 1 else 1, name=f"tail_unit{i}")(x)
         if spec.unit == "preact":
-            x = nn.relu(norm(name="head_norm")(x))
+            x = norm(name="head_norm", relu=True)(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         return Linear(self.num_classes, initializer=spec.init, name="head")(x)
