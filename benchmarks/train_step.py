@@ -87,7 +87,7 @@ def ours(args):
     b = jnp.zeros((64 if on_cpu else 512) << 20, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     bandwidth = 2 * b.nbytes / timed(lambda: jax.block_until_ready(copy(b)), 1.0)
-    del a, b
+
 
     def figures(what, compiled, compile_seconds, seconds, steps, passes):
         cost = compiled.cost_analysis() or {}
