@@ -205,6 +205,18 @@ def test_attention_learning(learning, factor):
     np.testing.assert_allclose(module.apply(zeros, x), factor * x, rtol=1e-6)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_1x1_convolution_is_a_product_over_channels(monkeypatch, stride):
+    """Whether it is computed as a matrix product or, on GPUs, as a convolution."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 5, 4, 3)), rng.standard_normal((1, 1, 3, 6))
+    expected = np.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        ours = Conv(6, 1, stride).apply({"params": {"kernel": np.float32(kernel)}}, np.float32(x))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 # Initialisation. A kernel [3, 3, 64, 128] reads 576 values a position and is read by 1,152.
 
 
