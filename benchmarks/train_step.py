@@ -88,7 +88,6 @@ def ours(args):
     copy = jax.jit(lambda x: x + 1)
     bandwidth = 2 * b.nbytes / timed(lambda: jax.block_until_ready(copy(b)), 1.0)
 
-
     def figures(what, compiled, compile_seconds, seconds, steps, passes):
         cost = compiled.cost_analysis() or {}
         moved = cost.get("bytes accessed", float("nan"))
