@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"
     c.model.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on the CPU
+    c.model.remat = False  # keep less for the backward pass and compute it anew: less memory, one more forward pass
     c.model.wiring = placeholder(str)  # None: as the net's source has it. paper | double_skip
     c.model.attention = placeholder(str)  # mixed | channel | spatial
     c.model.learning = placeholder(str)  # arl | nal

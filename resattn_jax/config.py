@@ -26,6 +26,7 @@ _FREE = (
     "log_every",
     "steps_per_dispatch",
     "accumulate",
+    "model.remat",
 )
 
 
