@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
+
+from resattn_jax.errors import RunError
 
 
 def initialize(
@@ -27,6 +30,21 @@ def initialize(
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+@contextlib.contextmanager
+def device_faults(memory_advice: str) -> Iterator[None]:
+    """Turns what devices and the network between them do to a program into a RunError of one line.
+
+    memory_advice: what to say where a device has no memory left: what was asked of it, and what would ask for less.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in said:
+            raise RunError(f"a device is out of memory {memory_advice} ({said})") from error
+        raise
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
