@@ -11,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.batch_size = 64  # images a step, over all devices
+    c.accumulate = 1  # micro-batches that a device's share of a batch is split into, for its memory's sake; one update
     c.total_epochs = placeholder(float)  # exactly one of these two is set
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
@@ -21,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"
     c.model.dtype = "auto"  # auto: bfloat16 on accelerators, float32 on the CPU
+    c.model.remat = False  # keep less for the backward pass and compute it anew: less memory, one more forward pass
     c.model.wiring = placeholder(str)  # None: as the net's source has it. paper | double_skip
     c.model.attention = placeholder(str)  # mixed | channel | spatial
     c.model.learning = placeholder(str)  # arl | nal

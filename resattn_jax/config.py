@@ -13,7 +13,8 @@ import ml_collections
 
 from resattn_jax.errors import UsageError
 
-# What may differ when a run goes on: how long it lasts, where the data lies, what is measured, kept and shown.
+# What may differ when a run goes on: how long it lasts, where the data lies, what is measured, kept and shown, and how
+# a batch is spread over what there is of devices and memory.
 _FREE = (
     "total_steps",
     "total_epochs",
@@ -24,6 +25,8 @@ _FREE = (
     "checkpoint.",
     "log_every",
     "steps_per_dispatch",
+    "accumulate",
+    "model.remat",
 )
 
 

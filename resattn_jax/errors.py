@@ -6,7 +6,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run itself failed, for instance because the loss is no longer finite. Exit status 1."""
+    """The run itself failed: a loss that is not finite, a device out of memory, a lost process. Exit status 1."""
 
 
 class Interrupted(Exception):

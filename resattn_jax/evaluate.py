@@ -15,6 +15,7 @@ from resattn_jax.data.streaming import Streaming
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import build
 from resattn_jax.metrics import Metrics
+from resattn_jax.runtime import device_faults
 from resattn_jax.train_step import make_eval_step
 
 
@@ -24,14 +25,15 @@ def evaluate(
     """Runs `eval_step` over the split, each example once, and returns `Metrics.summarize`'s figures.
 
     Broken pictures that were skipped are counted in "broken_pictures_skipped", where there are any.
-    Raises UsageError when no example is left.
+    Raises UsageError when no example is left, and RunError when a device is out of memory.
     """
     parts = []
-    for batch, mask in split.eval_batches(batch_size, max_examples):
-        if parts:
-            jax.block_until_ready(parts[-1])  # two batches at a time: streamed ones would fill the device's memory
-        parts.append(eval_step(variables, split.arrays, batch, mask))
-    figures = Metrics.summarize(parts)
+    with device_faults(f"evaluating {batch_size} images at a time; lower config.eval.batch_size"):
+        for batch, mask in split.eval_batches(batch_size, max_examples):
+            if parts:
+                jax.block_until_ready(parts[-1])  # two batches at a time: streamed ones would fill the device's memory
+            parts.append(eval_step(variables, split.arrays, batch, mask))
+        figures = Metrics.summarize(parts)
     if not figures["examples"]:
         raise UsageError("not one example of the evaluation split could be read")
     return {**figures, "broken_pictures_skipped": split.skipped} if split.skipped else figures

@@ -94,6 +94,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         pca_lighting=config.augment.pca_lighting,
         random_erasing=config.augment.random_erasing,
         cutout=config.augment.cutout,
+        accumulate=config.accumulate,
         mirror=choose("eval.views", config.eval.views, (1, 2, 10)) > 1,
     )
     return Experiment(
@@ -134,6 +135,11 @@ def _check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
         raise UsageError(
             f"config.batch_size is {size}, which does not divide by the {devices} devices;"
             f" {near} or {near + devices} would"
+        )
+    if config.accumulate < 1 or size // devices % config.accumulate:
+        raise UsageError(
+            f"config.accumulate is {config.accumulate}; it must be 1 or more and divide the {size // devices} images"
+            f" that each of the {devices} devices has of a batch of {size}"
         )
     if (config.augment.mixup_alpha or config.augment.cutmix_alpha) and size // devices % 2:
         raise UsageError(

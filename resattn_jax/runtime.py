@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pathlib
+import signal
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
+
+from resattn_jax.errors import RunError
+
+LOST_AFTER = 30  # seconds without a sign of life from a process until JAX ends the others
+_START_AGAIN = (
+    "most likely another process of the run died. Start them all again: the run goes on from its newest checkpoint"
+)
 
 
 def initialize(
@@ -17,16 +27,47 @@ def initialize(
     """Joins the other hosts of a cluster, if there is one, and keeps compiled programs for the next start.
 
     Cloud TPU, GKE and Slurm are found without any argument; elsewhere every host is given the address (HOST:PORT) of
-    the first, how many there are, and which one it is. Call before anything else uses JAX.
+    the first, how many there are, and which one it is. When one of them dies, the others end too, with status 1.
+    Call before anything else uses JAX.
     """
+    waits = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LOST_AFTER}
     if coordinator_address:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **waits)
     else:
         with contextlib.suppress(ValueError):  # "coordinator_address should be defined": there is no cluster
-            jax.distributed.initialize()
+            jax.distributed.initialize(**waits)
+    if jax.distributed.is_initialized():
+        ctypes.CDLL(None).signal(signal.SIGABRT, _end_after_abort)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_after_abort(_: int) -> None:
+    """JAX aborts the process when another one is lost, from a thread of its own, whatever the main thread waits for.
+
+    This is C's signal handler: Python's own would wait for the main thread.
+    """
+    os.write(2, f"error: JAX ended this process, for the reason logged above; {_START_AGAIN}\n".encode())
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def device_faults(memory_advice: str) -> Iterator[None]:
+    """Turns what devices and the network between them do to a program into a RunError of one line.
+
+    memory_advice: what to say where a device has no memory left: what was asked of it, and what would ask for less.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).strip().splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in said:
+            raise RunError(f"a device is out of memory {memory_advice} ({said})") from error
+        if jax.process_count() > 1:
+            raise RunError(f"{_START_AGAIN} ({said})") from error
+        raise
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:

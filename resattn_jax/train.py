@@ -37,8 +37,8 @@ def train_and_evaluate(
     whose content is returned: {"step", "train_images_per_second", "final": {"top1", "top5", "loss"},
     "best": {…, "step"}}. devices: which to use; None: all of all hosts.
 
-    Raises UsageError for a fault of the config or the data, RunError when the loss is no longer finite, and
-    Interrupted on SIGTERM or SIGINT, after a checkpoint of the step reached.
+    Raises UsageError for a fault of the config or the data, RunError when the loss is no longer finite, a device is out
+    of memory or another process was lost, and Interrupted on SIGTERM or SIGINT, after a checkpoint of the step reached.
     """
     experiment = build(config, devices)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,12 @@ def train_and_evaluate(
     save_or_compare_classes(experiment.train.class_names, workdir)
     keep = {"keep_newest": config.checkpoint.keep_newest, "keep_best": config.checkpoint.keep_best}
     total = experiment.durations.total
-    with Checkpoints(workdir, **keep) as checkpoints, Report(workdir, total) as report, _Stop() as stop:
+    with (
+        runtime.device_faults(_memory_advice(config, experiment)),
+        Checkpoints(workdir, **keep) as checkpoints,
+        Report(workdir, total) as report,
+        _Stop() as stop,
+    ):
         _introduce(report, experiment, config, workdir, notes)
         return _run(config, experiment, workdir, checkpoints, report, stop)
 
@@ -189,6 +194,15 @@ def _advice(checkpoints: Checkpoints) -> str:
     steps = checkpoints.steps()
     kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was written yet"
     return f"{kept}; lower config.schedule.learning_rate, or set config.optimizer.clip_norm"
+
+
+def _memory_advice(config: ml_collections.ConfigDict, experiment: Experiment) -> str:
+    images, size = config.batch_size // experiment.mesh.size, "x".join(map(str, experiment.train.image_shape))
+    remat = "" if config.model.remat else ", or set config.model.remat=True"
+    return (
+        f"with {images} images of {size} on each through {config.model.name} in {jnp.dtype(experiment.model.dtype)};"
+        f" raise config.accumulate (now {config.accumulate}) or lower config.batch_size{remat}"
+    )
 
 
 class _Clock:

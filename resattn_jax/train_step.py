@@ -50,6 +50,7 @@ class TrainState:
 class Recipe:
     """What a step does to a batch. mean, std: as `normalize` takes them; mixup_until: the first step without mixup.
 
+    accumulate is the number of micro-batches that a device's batch is split into, and which must divide it.
     mirror is for evaluation: every image is also seen in the mirror.
     """
 
@@ -67,6 +68,7 @@ class Recipe:
     pca_lighting: float = 0.0
     random_erasing: float = 0.0
     cutout: int = 0
+    accumulate: int = 1
     mirror: bool = False
 
 
@@ -125,18 +127,30 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of SGD on this device's shard: images uint8 [B, H, W, C], labels int32 [B]. Runs inside shard_map.
 
+    With recipe.accumulate the net sees the shard in micro-batches, one after the other, and a micro-batch is to it what
+    a device is: it has batch statistics of its own, and gradients and new running statistics are the average over all.
+    The batch itself, its augmentation and its mixup pairs are the same with any number of them.
     Returns the new state, the same on all devices, and the global batch's loss (nats), top1 and gradient norm.
     """
     images, targets = network_inputs(recipe, state.step, images, labels, model.num_classes)
 
-    def loss_fn(params):
+    def loss_fn(params, images, targets):
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, new["batch_stats"])
+        top1 = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(targets, -1), dtype=jnp.float32)
+        return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], top1)
 
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    top1 = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(targets, -1), dtype=jnp.float32)
-    grads, batch_stats, loss, top1 = jax.lax.pmean((grads, batch_stats, loss, top1), "data")
+    def micro_batch(sums, batch):
+        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
+        return jax.tree.map(jnp.add, sums, (grads, batch_stats)), (loss, top1)
+
+    n = recipe.accumulate
+    micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
+    no_loop = n == 1 or jax.default_backend() == "cpu"  # there the body of a loop runs on one core
+    sums, metrics = jax.lax.scan(micro_batch, zeros, micro_batches, unroll=no_loop)
+    means = jax.tree.map(lambda x: x / n, sums), jax.tree.map(jnp.mean, metrics)
+    (grads, batch_stats), (loss, top1) = jax.lax.pmean(means, "data")
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

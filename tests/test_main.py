@@ -100,3 +100,43 @@ print(sorted({{"tensorflow", "tensorboard"}} & set(sys.modules)))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("when", ["compiling", "running", "evaluating"])
+def test_a_device_out_of_memory_is_one_line_that_names_the_batch_and_what_helps(when, tmp_path):
+    """The first is raised as XLA's compilers do, the others by asking XLA for 4 PB."""
+    code = f"""
+import runpy, sys
+import jax
+import resattn_jax.train as train
+
+def exhaust(*_):
+    return jax.block_until_ready(jax.numpy.zeros(1 << 50))
+
+class Steps:
+    def lower(self, *_):
+        return self
+    def compile(self):
+        if {when!r} == "compiling":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\\nAnd more.")
+        return exhaust
+
+if {when!r} == "evaluating":
+    train.make_eval_step = lambda *_: exhaust
+else:
+    train.make_train_steps = lambda *_: Steps()
+sys.argv = ["main.py", "--config.total_steps=1", *{SMALL}, "--workdir={tmp_path}"]
+runpy.run_path("main.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: a device is out of memory ")
+    assert done.stderr.count("\n") == 1
+    assert "RESOURCE_EXHAUSTED" in done.stderr
+    if when == "evaluating":
+        assert "evaluating 500 images at a time; lower config.eval.batch_size" in done.stderr
+    else:
+        assert "with 32 images of 8x8x1 on each through ra_tiny in float32" in done.stderr
+        assert (
+            "raise config.accumulate (now 1) or lower config.batch_size, or set config.model.remat=True" in done.stderr
+        )

@@ -1,4 +1,4 @@
-"""Two processes, each with a device of its own, train as one process with two devices does."""
+"""Two processes, each with a device of its own, train as one process with two devices does, and end together."""
 
 import json
 import os
@@ -21,13 +21,17 @@ def start(workdir, *flags, devices):
     )
 
 
-def test_two_processes_are_one_run(tmp_path):
-    """The same metrics, logged by one of them; every test image counted once; checkpoints written once."""
+def start_two(workdir, *flags):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        coordinator = f"--coordinator=localhost:{free.getsockname()[1]}"
+        flags = [*flags, f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    return [start(workdir, *flags, f"--process_id={i}", devices=1) for i in range(2)]
+
+
+def test_two_processes_are_one_run(tmp_path):
+    """The same metrics, logged by one of them; every test image counted once; checkpoints written once."""
     together = tmp_path / "together"
-    both = [start(together, coordinator, "--num_processes=2", f"--process_id={i}", devices=1) for i in range(2)]
+    both = start_two(together)
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said[0][1] + said[1][1]
     assert "step 6/6" in said[0][0]
@@ -46,3 +50,22 @@ def test_two_processes_are_one_run(tmp_path):
         for key in ours.keys() & {"step", "train/loss", "train/top1", "eval/loss", "eval/top1", "eval/examples"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
     assert sorted(p.name for p in (together / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6"]
+
+
+@pytest.mark.parametrize("killed", [0, 1], ids=["the coordinator", "another"])
+def test_when_a_process_is_killed_the_other_ends_within_a_minute(tmp_path, killed):
+    """With status 1, and a last line that says what happened and what to do."""
+    endless = ["--config.total_steps=100000", "--config.log_every=1 steps", "--config.eval.every=100000 steps"]
+    both = start_two(tmp_path, *endless)
+    for line in both[0].stdout:
+        if line.startswith("step 5/"):
+            break
+    both[killed].kill()
+    _, said = both[1 - killed].communicate(timeout=60)
+    both[killed].communicate()
+    assert both[1 - killed].returncode == 1, said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "another process of the run died" in last
+    assert "the run goes on from its newest checkpoint" in last
+    assert "Traceback" not in said

@@ -114,7 +114,13 @@ def model_names() -> list[str]:
 
 
 def create_model(
-    name: str, *, num_classes: int, dtype=jnp.float32, axis_name: str | None = None, **options
+    name: str,
+    *,
+    num_classes: int,
+    dtype=jnp.float32,
+    axis_name: str | None = None,
+    remat: bool = False,
+    **options,
 ) -> ResidualAttentionNetwork:
     """Builds the net called `name`.
 
@@ -123,6 +129,8 @@ def create_model(
       num_classes: length of the logits.
       dtype: what the net computes in; parameters, statistics and logits stay float32.
       axis_name: mesh axis over which batch statistics are synchronised inside `jax.shard_map`, or None.
+      remat: compute the inside of each residual unit anew in the backward pass, for less memory. Weights and results
+        stay what they are.
       **options: overrides of the fields of `Spec` that are no shapes: wiring, attention, learning, mask, init,
         p, t, r, last.
 
@@ -141,7 +149,7 @@ def create_model(
         if not allowed and not (isinstance(value, int) and value >= 0):
             raise ValueError(f"{key} is {value!r}; it must be a number of units, 0 or more")
     spec = dataclasses.replace(NETS[name], **options)
-    return ResidualAttentionNetwork(spec, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
+    return ResidualAttentionNetwork(spec, num_classes=num_classes, dtype=dtype, axis_name=axis_name, remat=remat)
 
 
 def _nearest(word: str, words) -> str:

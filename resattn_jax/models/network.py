@@ -197,13 +197,15 @@ class ResidualAttentionNetwork(nn.Module):
     """A whole net: stem, stages of residual units and attention modules, tail units, global pooling, linear head.
 
     dtype: what convolutions compute in. axis_name: the mesh axis over which batch statistics are synchronised inside
-    `jax.shard_map`; None keeps them local to a device.
+    `jax.shard_map`; None keeps them local to a device. remat: the backward pass computes the inside of a residual unit
+    anew from the unit's input instead of keeping it, for less memory and one more forward pass.
     """
 
     spec: Spec
     num_classes: int
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -215,7 +217,8 @@ class ResidualAttentionNetwork(nn.Module):
         spec = self.spec
         conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype)
         norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name)
-        unit = functools.partial(UNITS[spec.unit], conv=conv, norm=norm)
+        unit = nn.remat(UNITS[spec.unit]) if self.remat else UNITS[spec.unit]
+        unit = functools.partial(unit, conv=conv, norm=norm)
 
         x = images.astype(self.dtype)
         x = conv(spec.stem.features, spec.stem.kernel_size, spec.stem.stride, name="stem_conv")(x)

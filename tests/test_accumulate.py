@@ -1,0 +1,150 @@
+"""Gradient accumulation: a batch seen in micro-batches, one update. A micro-batch is to the net what a device is."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_devices import run_steps
+
+from resattn_jax.data.resident import put
+from resattn_jax.errors import UsageError
+from resattn_jax.experiment import build
+from resattn_jax.models import create_model
+from resattn_jax.runtime import make_mesh
+from resattn_jax.train_step import Recipe, create_state, make_train_steps, network_inputs
+
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.integers(0, 256, (16, 8, 8, 1), np.uint8), RNG.integers(0, 10, 16, np.int32)
+
+
+def recipe(accumulate):
+    """Crop, flip and mixup."""
+    return Recipe(0, np.zeros(1), np.ones(1), 1, True, 0.3, 9, 0.1, None, accumulate=accumulate)
+
+
+def lower(model, accumulate, devices, optimizer):
+    """One step on IMAGES and LABELS, lowered, and its arguments."""
+    mesh = make_mesh(devices)
+    state = create_state(model, optimizer, recipe(accumulate), IMAGES.shape[1:])
+    batch = put(IMAGES[None], mesh, P(None, "data")), put(LABELS[None], mesh, P(None, "data"))
+    steps = make_train_steps(model, optimizer, recipe(accumulate), mesh, lambda arrays, batch: batch, 1)
+    arguments = jax.device_put(state, jax.NamedSharding(mesh, P())), {}, batch, put(np.int32(1), mesh, P())
+    return steps.lower(*arguments), arguments
+
+
+def one_step(model, accumulate, devices):
+    """The state before, the state after and the metrics of one step of gradient descent with a rate of 1."""
+    lowered, arguments = lower(model, accumulate, devices, optax.sgd(1.0))
+    before = jax.device_get(arguments[0])
+    after, metrics = lowered.compile()(*arguments)
+    return before, jax.device_get(after), {name: float(value[0]) for name, value in metrics.items()}
+
+
+def assert_close(a, b, tolerance):
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+        difference = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+        assert difference <= tolerance * np.linalg.norm(y) + 1e-6, jax.tree_util.keystr(path)
+
+
+SEEN = []  # the batch sizes that NoBatchNorm was shown
+
+
+class NoBatchNorm(nn.Module):
+    """A net whose images know nothing of each other."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        SEEN.append(len(images))
+        self.variable("batch_stats", "none", lambda: jnp.zeros(()))
+        x = nn.relu(nn.Conv(8, (3, 3))(images))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 16])
+def test_without_batch_statistics_it_is_the_large_batch(accumulate, one_device):
+    """The same crops, flips, mixup pairs and targets, and so the same loss and gradients, within rounding."""
+    _, large, large_metrics = one_step(NoBatchNorm(), 1, one_device)
+    SEEN.clear()
+    _, small, small_metrics = one_step(NoBatchNorm(), accumulate, one_device)
+    assert set(SEEN) - {1} <= {16 // accumulate}  # and 1 where the state is made
+    assert_close(small.params, large.params, 1e-6)
+    for name in ("loss", "top1", "gradient_norm"):
+        assert small_metrics[name] == pytest.approx(large_metrics[name], rel=1e-5)
+
+
+def test_with_them_it_is_the_average_over_the_micro_batches(tiny_config, one_device):
+    """Gradients and running statistics of 4 images at a time, worked out one after the other and averaged here."""
+    model = create_model("ra_micro", num_classes=10)
+    before, after, metrics = one_step(model, 4, one_device)
+    _, large, _ = one_step(model, 1, one_device)
+
+    def inputs(images, labels):
+        return network_inputs(recipe(1), 0, images, labels, 10)
+
+    mesh = make_mesh(one_device)
+    inputs = jax.shard_map(inputs, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    images, targets = jax.device_get(jax.jit(inputs)(IMAGES, LABELS))
+
+    @jax.jit
+    def loss_and_gradients(params, images, targets):
+        def loss(params):
+            variables = {"params": params, "batch_stats": before.batch_stats}
+            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            return -(targets * jax.nn.log_softmax(logits)).sum() / len(images), new["batch_stats"]
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    parts = [loss_and_gradients(before.params, images[i : i + 4], targets[i : i + 4]) for i in (0, 4, 8, 12)]
+    (loss, statistics), gradients = jax.tree.map(lambda *x: sum(map(np.float64, x)) / 4, *parts)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(jax.tree.map(np.subtract, before.params, after.params), gradients, 1e-4)
+    assert_close(after.batch_stats, statistics, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(after.params, large.params, 1e-4)
+
+
+def test_micro_batches_are_what_devices_are(tiny_config):
+    """Three steps on one device in eight micro-batches and on eight devices: weights, statistics, moving average."""
+    eight, eight_metrics = run_steps(tiny_config, jax.devices(), 3)
+    tiny_config.accumulate = 8
+    one, one_metrics = run_steps(tiny_config, jax.devices()[:1], 3)
+    assert_close(jax.device_get(one), jax.device_get(eight), 1e-4)
+    for a, b in zip(one_metrics, eight_metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["top1"] == b["top1"]
+
+
+def test_accelerators_run_them_in_a_loop_that_needs_less_memory(tiny_config, one_device, monkeypatch):
+    """The CPU has them one after the other without a loop, to the same result."""
+    model = create_model("ra_micro", num_classes=10)
+    _, straight, _ = one_step(model, 4, one_device)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    _, looped, _ = one_step(model, 4, one_device)
+    assert_close(looped.params, straight.params, 1e-5)
+
+    def temporaries(accumulate):
+        lowered, _ = lower(model, accumulate, one_device, optax.sgd(1.0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4) < 0.6 * temporaries(1)
+
+
+def test_the_devices_speak_as_often_as_without(tiny_config):
+    """Each gradient and each running statistic is averaged over the devices once a step."""
+    model = create_model("ra_micro", num_classes=10)
+    reduced = [
+        lower(model, n, jax.devices()[:2], optax.sgd(1.0))[0].as_text().count("stablehlo.all_reduce") for n in (1, 4)
+    ]
+    assert reduced[0] == reduced[1] > 0
+
+
+@pytest.mark.parametrize("accumulate", [0, 3, 64])
+def test_a_number_that_does_not_divide_a_devices_batch_is_refused(tiny_config, one_device, accumulate):
+    tiny_config.accumulate = accumulate
+    with pytest.raises(UsageError, match=rf"config.accumulate is {accumulate}; it must be .* divide the 32 images"):
+        build(tiny_config, one_device)
