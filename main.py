@@ -6,6 +6,7 @@ python main.py --config=FILE [--mode=train|evaluate|show_data|…] [--workdir=DI
 import pathlib
 import re
 import sys
+import time
 
 import ml_collections
 from absl import app, flags
@@ -13,6 +14,8 @@ from ml_collections.config_flags import config_flags
 
 from resattn_jax.config import flatten, nearest, resolve_total
 from resattn_jax.errors import Interrupted, RunError, UsageError
+
+BEGAN = time.perf_counter()  # all that takes long to import is imported later
 
 DEFAULT_CONFIG = "configs/digits.py"
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.mode == "train":
         from resattn_jax.train import train_and_evaluate
 
-        train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir, began=BEGAN)
     elif FLAGS.mode == "evaluate":
         from resattn_jax.evaluate import evaluate_checkpoint
         from resattn_jax.report import print_evaluation
