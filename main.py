@@ -93,6 +93,8 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
         raise UsageError(_explain(argv, path, error)) from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; a flag is written --flag=value")
+    if "://" in (FLAGS.workdir or ""):
+        raise UsageError(f"--workdir={FLAGS.workdir} is no path; mount the bucket and name that folder")
     resolve_total(config, config_flags.get_override_values(FLAGS["config"]))
     return config, pathlib.Path(FLAGS.workdir or f"runs/{file.stem}")
 
