@@ -6,6 +6,7 @@ python main.py --config=FILE [--mode=train|evaluate|show_data|…] [--workdir=DI
 import pathlib
 import re
 import sys
+import time
 
 import ml_collections
 from absl import app, flags
@@ -13,6 +14,8 @@ from ml_collections.config_flags import config_flags
 
 from resattn_jax.config import flatten, nearest, resolve_total
 from resattn_jax.errors import Interrupted, RunError, UsageError
+
+BEGAN = time.perf_counter()  # all that takes long to import is imported later
 
 DEFAULT_CONFIG = "configs/digits.py"
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.mode == "train":
         from resattn_jax.train import train_and_evaluate
 
-        train_and_evaluate(config, workdir)
+        train_and_evaluate(config, workdir, began=BEGAN)
     elif FLAGS.mode == "evaluate":
         from resattn_jax.evaluate import evaluate_checkpoint
         from resattn_jax.report import print_evaluation
@@ -90,6 +93,8 @@ def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
         raise UsageError(_explain(argv, path, error)) from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; a flag is written --flag=value")
+    if "://" in (FLAGS.workdir or ""):
+        raise UsageError(f"--workdir={FLAGS.workdir} is no path; mount the bucket and name that folder")
     resolve_total(config, config_flags.get_override_values(FLAGS["config"]))
     return config, pathlib.Path(FLAGS.workdir or f"runs/{file.stem}")
 

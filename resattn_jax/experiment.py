@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -47,16 +48,18 @@ class Experiment:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
-        shapes = jax.eval_shape(self._create_state)
         sharding = NamedSharding(self.mesh, P())
+        shapes = self._create_state.eval_shape()
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
     def initial_state(self) -> TrainState:
         """The state of step 0, whole on every device."""
-        return jax.jit(self._create_state, out_shardings=NamedSharding(self.mesh, P()))()
+        return self._create_state()
 
-    def _create_state(self) -> TrainState:
-        return create_state(self.model, self.optimizer, self.recipe, self.train.image_shape)
+    @functools.cached_property  # one function for both, so that the net is traced once
+    def _create_state(self):
+        create = functools.partial(create_state, self.model, self.optimizer, self.recipe, self.train.image_shape)
+        return jax.jit(create, out_shardings=NamedSharding(self.mesh, P()))
 
 
 def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import sys
+import time
 from typing import Any
 
 import clu.parameter_overview
@@ -110,6 +111,23 @@ class Report:
         if self._active:
             rows = {"last": {"step": result["step"], **result["final"]}, "best top-1": result["best"]}
             self._console.print(figures_table(rows))
+
+
+class Startup:
+    """Where the time goes until the first step is done. began: `time.perf_counter()` at the start of the command."""
+
+    def __init__(self, began: float):
+        self._began = self._last = began
+        self._parts: list[str] = []
+
+    def done(self, what: str) -> float:
+        """Ends a part that began where the one before ended, and returns its seconds."""
+        seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
+        self._parts.append(f"{seconds:.1f} s {what}")
+        return seconds
+
+    def __str__(self) -> str:
+        return f"first step after {self._last - self._began:.1f} s: {', '.join(self._parts)}"
 
 
 def figures_table(rows: dict[str, dict[str, Any]]) -> rich.table.Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import signal
@@ -41,6 +43,14 @@ def initialize(
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+@functools.cache
+def events() -> collections.Counter[str]:
+    """How often JAX has reported each of its events (`jax.monitoring`), counted from the first call on."""
+    counter = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: counter.update([event]))
+    return counter
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -23,24 +23,34 @@ from resattn_jax.errors import Interrupted, RunError
 from resattn_jax.evaluate import evaluate
 from resattn_jax.experiment import Experiment, build
 from resattn_jax.models.count import count_multiply_adds, count_parameters
-from resattn_jax.report import Report
+from resattn_jax.report import Report, Startup
 from resattn_jax.train_step import make_eval_step, make_train_steps
 from resattn_jax.transfer import start_from
 
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    devices: list[jax.Device] | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of the run, going on from the newest checkpoint in workdir if there is one.
 
     workdir then holds config.json, metrics.jsonl, TensorBoard events, parameters.txt, checkpoints/ and result.json,
     whose content is returned: {"step", "train_images_per_second", "final": {"top1", "top5", "loss"},
-    "best": {…, "step"}}. devices: which to use; None: all of all hosts.
+    "best": {…, "step"}}. devices: which to use; None: all of all hosts. began: `time.perf_counter()` at the start of
+    the command, from where it tells the time until the first step; None: now.
 
     Raises UsageError for a fault of the config or the data, RunError when the loss is no longer finite, a device is out
     of memory or another process was lost, and Interrupted on SIGTERM or SIGINT, after a checkpoint of the step reached.
     """
+    startup = Startup(time.perf_counter() if began is None else began)
+    jax.devices()  # starts the devices
+    startup.done("imports and devices")
     experiment = build(config, devices)
+    startup.done("data")
     workdir.mkdir(parents=True, exist_ok=True)
     notes = save_or_compare(config, workdir, write=jax.process_index() == 0)
     save_or_compare_classes(experiment.train.class_names, workdir)
@@ -53,10 +63,18 @@ def train_and_evaluate(
         _Stop() as stop,
     ):
         _introduce(report, experiment, config, workdir, notes)
-        return _run(config, experiment, workdir, checkpoints, report, stop)
+        return _run(config, experiment, workdir, checkpoints, report, stop, startup)
 
 
-def _run(config, experiment: Experiment, workdir, checkpoints: Checkpoints, report: Report, stop: _Stop):
+def _run(
+    config,
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    report: Report,
+    stop: _Stop,
+    startup: Startup,
+):
     mesh, train, total = experiment.mesh, experiment.train, experiment.durations.total
     every = experiment.every
     room = config.steps_per_dispatch or train.max_steps_per_dispatch or runtime.default_steps_per_dispatch()
@@ -91,10 +109,13 @@ def _run(config, experiment: Experiment, workdir, checkpoints: Checkpoints, repo
         return figures, {name: figures[name] for name in ("top1", "top5", "loss")}
 
     if step < total:
+        startup.done("first weights" if step == 0 else "checkpoint")
         report.say("compiling the train step …")
-        began = time.perf_counter()
+        hits = runtime.events()[_CACHE_HIT]
         train_steps = train_steps.lower(state, *arguments(0, 0)).compile()
-        report.say(f"compiled in {time.perf_counter() - began:.1f} s (the next start finds it in the cache)")
+        cached = runtime.events()[_CACHE_HIT] > hits
+        seconds = startup.done("compiling (from the cache)" if cached else "compiling")
+        report.say(f"compiled in {seconds:.1f} s ({'from' if cached else 'the next start finds it in'} the cache)")
 
     # ---- The loop: steps, log, evaluate, save, in this order.
     clock, final, running, since_log = _Clock(progress, config.batch_size), None, None, []
@@ -103,6 +124,10 @@ def _run(config, experiment: Experiment, workdir, checkpoints: Checkpoints, repo
     while step < total:
         count = min(room, total - step, *(n - step % n for n in every.values() if n))
         state, metrics = train_steps(state, *arguments(step, count))
+        if not warm:
+            jax.block_until_ready(metrics)
+            startup.done("first step" if count == 1 else f"first {count} steps")
+            report.say(str(startup))
         if running:  # looked at while the next dispatch runs, so that the device never waits
             since_log += _finite(*running, checkpoints)
         step, running = step + count, (step, count, metrics)

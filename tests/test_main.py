@@ -1,9 +1,11 @@
 """The command line, run as a person runs it: exit statuses, one-line errors, stopping and going on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -45,6 +47,12 @@ def test_a_fault_of_the_command_line_is_one_line_and_status_2(argument, message,
     assert not workdir.exists()  # a mistake leaves nothing behind
 
 
+def test_a_bucket_is_refused_as_workdir():
+    done = main("--workdir=gs://bucket/run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--workdir=gs://bucket/run is no path; mount the bucket" in done.stderr
+
+
 def test_both_totals_by_hand_are_refused_and_one_clears_the_other(tmp_path):
     assert "not both" in main("--config.total_steps=3", "--config.total_epochs=2").stderr
     done = main("--config.total_steps=2", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
@@ -52,6 +60,25 @@ def test_both_totals_by_hand_are_refused_and_one_clears_the_other(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["total_steps"], config["total_epochs"]) == (2, None)
     assert json.loads((tmp_path / "result.json").read_text())["step"] == 2
+
+
+def test_a_run_says_where_the_time_until_its_first_step_went(tmp_path):
+    """The parts add up to the whole, which is most of what a clock outside measures; the compiler's cache is named."""
+    began = time.perf_counter()
+    done = main("--config.total_steps=1", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
+    wall = time.perf_counter() - began
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("first step after")]
+    said = re.fullmatch(
+        r"first step after (\S+) s: (\S+) s imports and devices, (\S+) s data, (\S+) s first weights,"
+        r" (\S+) s compiling(?: \(from the cache\))?, (\S+) s first step",
+        line,
+    )
+    whole, *parts = map(float, said.groups())
+    assert sum(parts) == pytest.approx(whole, abs=0.3)  # each is rounded to 0.1
+    assert whole < wall
+    again = main("--config.total_steps=2", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
+    assert " s checkpoint, " in again.stdout
+    assert "compiling (from the cache)" in again.stdout
 
 
 def test_a_run_stopped_by_a_signal_goes_on_and_is_then_evaluated(tmp_path):
