@@ -314,6 +314,7 @@ def compile_step(config, devices):
     from jax.sharding import PartitionSpec as P
 
     from resattn_jax import experiment
+    from resattn_jax.data import pipelines
     from resattn_jax.data.sources import Examples
     from resattn_jax.runtime import make_mesh
     from resattn_jax.train_step import make_train_steps
@@ -328,16 +329,16 @@ def compile_step(config, devices):
         def __len__(self):
             return self.examples
 
-    def open_source(name, split, data_dir, open_it=experiment.open_source):
+    def open_source(name, split, data_dir, open_it=pipelines.open_source):
         return Shapes(name) if name in SETS else open_it(name, split, data_dir)
 
-    def read(source, read_it=experiment.read):
+    def read(source, read_it=pipelines.read):
         if not isinstance(source, Shapes):
             return read_it(source)
         images = np.zeros((len(source), *source.image_shape), np.uint8)
         return Examples(images, np.zeros(len(source), np.int32), source.class_names)
 
-    with mock.patch.multiple(experiment, open_source=open_source, read=read):
+    with mock.patch.multiple(pipelines, open_source=open_source, read=read):
         built = experiment.build(config, jax.devices("cpu")[:1])
     built = dataclasses.replace(built, mesh=make_mesh(devices))
 

@@ -7,7 +7,7 @@ the net will see: --mode=show_data. A few thousand pictures are too few to start
 ImageNet with --config.init_from=WORKDIR and a lower --config.schedule.learning_rate.
 """
 
-from configs import default
+from configs import default, imagenet_ra56
 
 
 def get_config():
@@ -18,8 +18,7 @@ def get_config():
     c.data.name = "folder:data"
     c.data.eval_split = "val"
     c.data.image_size = 224
-    c.data.mean = (0.485, 0.456, 0.406)
-    c.data.std = (0.229, 0.224, 0.225)
+    c.data.mean, c.data.std = imagenet_ra56.MEAN, imagenet_ra56.STD
     c.augment.random_resized_crop = True
     c.augment.flip = True
     c.augment.color_jitter = (0.4, 0.4, 0.4)

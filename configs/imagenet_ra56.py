@@ -9,6 +9,8 @@ Ours: not run yet. `--mode=prepare` turns the two archives of ImageNet into what
 
 from configs import default
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels, as published nets have them
+
 
 def get_config():
     c = default.get_config()
@@ -19,8 +21,7 @@ def get_config():
     c.data.name = "imagenet2012"
     c.data.eval_split = "validation"
     c.data.image_size = 224
-    c.data.mean = (0.485, 0.456, 0.406)
-    c.data.std = (0.229, 0.224, 0.225)
+    c.data.mean, c.data.std = MEAN, STD
     c.augment.random_resized_crop = True
     c.augment.flip = True
     c.augment.pca_lighting = 0.1

@@ -10,8 +10,7 @@ import ml_collections
 
 from resattn_jax.checkpoint import Checkpoints
 from resattn_jax.config import save_or_compare_classes
-from resattn_jax.data.resident import Resident
-from resattn_jax.data.streaming import Streaming
+from resattn_jax.data.pipelines import Pipeline
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import build
 from resattn_jax.metrics import Metrics
@@ -19,9 +18,7 @@ from resattn_jax.runtime import device_faults
 from resattn_jax.train_step import make_eval_step
 
 
-def evaluate(
-    eval_step, variables: Any, split: Resident | Streaming, batch_size: int, max_examples: int | None
-) -> dict[str, Any]:
+def evaluate(eval_step, variables: Any, split: Pipeline, batch_size: int, max_examples: int | None) -> dict[str, Any]:
     """Runs `eval_step` over the split, each example once, and returns `Metrics.summarize`'s figures.
 
     Broken pictures that were skipped are counted in "broken_pictures_skipped", where there are any.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -16,17 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax import runtime
 from resattn_jax.config import Durations, choose
-from resattn_jax.data.label_noise import noisy_labels
-from resattn_jax.data.resident import Resident
-from resattn_jax.data.sources import Examples, Source, open_source, read
-from resattn_jax.data.streaming import Streaming
-from resattn_jax.data.transforms import EvalTransform, TrainTransform
+from resattn_jax.data.pipelines import Pipeline, open_pipelines
 from resattn_jax.errors import UsageError
 from resattn_jax.models import create_model
 from resattn_jax.optimizer import make_optimizer, make_schedule
 from resattn_jax.train_step import Recipe, TrainState, create_state
-
-RESIDENT_BYTES = 2 << 30  # a larger set leaves a small device too little room for the net
 
 EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
 
@@ -36,8 +29,8 @@ class Experiment:
     """A config's parts, checked. every: {"log", "eval", "save"}, in steps, 0 for never but at the end."""
 
     mesh: Mesh
-    train: Resident | Streaming
-    test: Resident | Streaming
+    train: Pipeline
+    test: Pipeline
     model: nn.Module
     recipe: Recipe
     schedule: optax.Schedule
@@ -69,22 +62,13 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     """
     mesh = runtime.make_mesh(devices)
     _check_batch(config, mesh.size)
-    data = config.data
-    sources = [open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split)]
-    _check_classes(config, *(source.class_names for source in sources))
-    if _is_streaming(config, sources):
-        mean = None
-        train, test = _streaming(config, mesh, *sources)
-    else:
-        examples, measured = _noisy(config, read(sources[0])), read(sources[1])
-        mean = examples.images.mean(0) / 255 if data.mean_image else None
-        train, test = Resident(examples, mesh), Resident(measured, mesh)
+    train, test, mean_image = open_pipelines(config, mesh)
     model = _build_model(config, len(train.class_names))
     durations = Durations(config, train.examples)
     schedule = make_schedule(config, durations)
     recipe = Recipe(
         seed=config.seed,
-        mean=_per_channel(config, "mean", train.image_shape[-1]) if mean is None else mean,
+        mean=_per_channel(config, "mean", train.image_shape[-1]) if mean_image is None else mean_image,
         std=_per_channel(config, "std", train.image_shape[-1]),
         crop_padding=config.augment.crop_padding,
         flip=config.augment.flip,
@@ -151,73 +135,6 @@ def _check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
         )
 
 
-def _is_streaming(config: ml_collections.ConfigDict, sources: list[Source]) -> bool:
-    """Which pipeline config.data.pipeline means. Raises UsageError when the set cannot be resident and has to."""
-    name, data = choose("data.pipeline", config.data.pipeline, ("auto", "resident", "streaming")), config.data
-    reasons = {  # why it has to stream
-        "the images have different sizes": any(source.image_shape is None for source in sources),
-        "config.augment.random_resized_crop is set": config.augment.random_resized_crop,
-        "config.augment.randaugment is set": config.augment.randaugment > 0,
-        "config.eval.views is 10": config.eval.views == 10,
-    }
-    if not any(reasons.values()):
-        shape = sources[0].image_shape
-        sizes = {size for size in (data.image_size, config.eval.image_size) if size}
-        reasons["the images have another size than config asks for"] = bool(sizes) and {*shape[:2]} != sizes
-        reasons["the splits differ in size"] = sources[1].image_shape != shape
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if name == "resident" and reason:
-        raise UsageError(f"{data.name} cannot be resident: {reason}; set config.data.pipeline=streaming")
-    if name != "auto":
-        return name == "streaming"
-    return bool(reason) or sum(len(s) * math.prod(s.image_shape) for s in sources) > RESIDENT_BYTES
-
-
-def _streaming(config: ml_collections.ConfigDict, mesh: Mesh, train: Source, test: Source):
-    """Both splits' pipelines. Raises UsageError for what the config asks of them in vain."""
-    data, augment = config.data, config.augment
-    size = data.image_size or (train.image_shape[0] if train.image_shape else None)
-    if not size:
-        raise UsageError(f"the images of {data.name} have different sizes; set config.data.image_size, say to 224")
-    for key in ("mean_image", "label_noise"):
-        if data[key]:
-            raise UsageError(f"config.data.{key} is for resident sets, but {data.name} is streamed")
-    if config.steps_per_dispatch not in (None, 1):
-        raise UsageError(f"config.steps_per_dispatch must be 1, or unset, for {data.name}, which is streamed")
-    for key in ("crop_area", "crop_aspect"):
-        low, high = augment[key]
-        if not 0 < low <= high or (key == "crop_area" and high > 1):
-            raise UsageError(f"config.augment.{key} is {augment[key]}; write (least, most), such as {_EXAMPLES[key]}")
-    if not 0 < config.eval.crop_fraction <= 1:
-        raise UsageError(f"config.eval.crop_fraction is {config.eval.crop_fraction}; it must be over 0 and at most 1")
-    transforms = (
-        TrainTransform(
-            size,
-            augment.random_resized_crop,
-            tuple(augment.crop_area),
-            tuple(augment.crop_aspect),
-            (augment.randaugment, augment.randaugment_magnitude),
-        ),
-        EvalTransform(config.eval.image_size or size, config.eval.crop_fraction, 5 if config.eval.views == 10 else 1),
-    )
-    skip = choose("data.broken", data.broken, ("fail", "skip")) == "skip"
-    return tuple(
-        Streaming(source, mesh, transform, data.workers, skip)
-        for source, transform in zip((train, test), transforms, strict=True)
-    )
-
-
-_EXAMPLES = {"crop_area": "(0.08, 1.0)", "crop_aspect": "(0.75, 1.33)"}
-
-
-def _check_classes(config: ml_collections.ConfigDict, train: tuple[str, ...], test: tuple[str, ...]) -> None:
-    if train != test:
-        only = [f"only {split} has {', '.join(sorted(a - b)[:5])}" for split, a, b in (
-            (config.data.train_split, set(train), set(test)), (config.data.eval_split, set(test), set(train))
-        ) if a - b]  # fmt: skip
-        raise UsageError(f"the classes of {config.data.name} differ between its splits: {'; '.join(only)}")
-
-
 def _color_jitter(config: ml_collections.ConfigDict, channels: int) -> tuple[float, float, float]:
     ranges = tuple(config.augment.color_jitter)
     if len(ranges) != 3 or not all(0 <= x <= 1 for x in ranges):
@@ -227,14 +144,6 @@ def _color_jitter(config: ml_collections.ConfigDict, channels: int) -> tuple[flo
             f"color_jitter and pca_lighting are for colour images; {config.data.name} has {channels} channel"
         )
     return ranges
-
-
-def _noisy(config: ml_collections.ConfigDict, examples: Examples) -> Examples:
-    try:
-        labels = noisy_labels(examples.labels, len(examples.class_names), config.data.label_noise, config.seed)
-    except ValueError as error:
-        raise UsageError(f"config.data.label_noise: {error}") from error
-    return dataclasses.replace(examples, labels=labels)
 
 
 def _per_channel(config: ml_collections.ConfigDict, key: str, channels: int) -> np.ndarray:

@@ -198,4 +198,4 @@ def test_colours_and_erasing_too_belong_to_the_place_in_the_batch():
     def both(positions, part):
         return augment(key, positions, recolor(key, positions, part, jitter=(0.4, 0.4, 0.4), lighting=0.1), **options)
 
-    np.testing.assert_allclose(both(jnp.arange(8), x)[4:], both(jnp.arange(4, 8), x[4:]), rtol=1e-6)
+    np.testing.assert_allclose(both(jnp.arange(8), x)[4:], both(jnp.arange(4, 8), x[4:]), atol=1e-3)  # of 255

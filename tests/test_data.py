@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from resattn_jax.data.resident import Resident, batch_rows
-from resattn_jax.data.sources import Examples, load_examples, prepare
+from resattn_jax.data.order import batch_rows
+from resattn_jax.data.pictures import Picture
+from resattn_jax.data.resident import Resident
+from resattn_jax.data.sources import Examples, open_source, prepare, read
 from resattn_jax.errors import UsageError
 from resattn_jax.runtime import make_mesh
 
@@ -36,9 +38,8 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert (batch_rows(1, 5, 64, 1000) != batch_rows(1, 6, 64, 1000)).any()
 
 
-@pytest.mark.parametrize("limit", [None, 20, 0.5])
+@pytest.mark.parametrize("limit", [None, 20, 13])
 def test_an_evaluation_sees_every_example_once(limit):
-    limit = None if limit is None else int(limit * 1) or 13
     split = Resident(some_examples(37), make_mesh())
     seen = []
     for rows, mask in split.eval_batches(16, limit):
@@ -55,7 +56,7 @@ def test_take_gives_the_rows_asked_for():
 
 
 def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
-    train, test = load_examples("digits", "train"), load_examples("digits", "test")
+    train, test = read(open_source("digits", "train")), read(open_source("digits", "test"))
     assert train.images.shape == (1437, 8, 8, 1)
     assert test.images.shape == (360, 8, 8, 1)
     assert train.images.dtype == np.uint8
@@ -66,53 +67,95 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     counts = np.bincount(test.labels)
     assert counts.min() >= 34  # 360 of ten nearly equal classes
     assert counts.max() <= 37
-    np.testing.assert_array_equal(test.labels, load_examples("digits", "test").labels)
+    np.testing.assert_array_equal(test.labels, read(open_source("digits", "test")).labels)
 
 
 def test_cifar10_is_read_as_tfds_wrote_it(tfds_dir):
-    test = load_examples("cifar10", "test", tfds_dir)
+    test = read(open_source("cifar10", "test", tfds_dir))
     assert test.images.shape == (10000, 32, 32, 3)
     assert list(np.bincount(test.labels)) == [1000] * 10
     assert test.class_names[:2] == ("airplane", "automobile")
-    some = load_examples("cifar10", "train[:90%]", tfds_dir)
+    some = read(open_source("cifar10", "train[:90%]", tfds_dir))
     assert len(some.labels) == 45000
     # The published statistics of the training pixels, to three decimals.
     np.testing.assert_allclose(some.images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=2e-3)
     np.testing.assert_allclose(some.images.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=2e-3)
 
 
+def test_a_record_is_what_tfds_reads(tfds_dir):
+    import tensorflow_datasets as tfds
+
+    for name in ("cifar10", "imagenet2012"):
+        ours = open_source(name, "train[3:9]", tfds_dir)
+        theirs = tfds.builder(name, data_dir=tfds_dir).as_data_source("train[3:9]")
+        for row, record in enumerate(theirs):
+            data, label = ours[row]
+            np.testing.assert_array_equal(Picture(data).pixels(), record["image"])
+            assert label == record["label"]
+    assert ours.name(5) == f"imagenet2012 train[3:9], example 5 {record['file_name'].decode()}"
+
+
 def test_unknown_sets_and_splits_name_the_nearest(tfds_dir):
     with pytest.raises(UsageError, match=r"unknown data set 'cifra10' \(did you mean 'cifar10'\?\); there are digits"):
-        load_examples("cifra10", "train")
+        open_source("cifra10", "train")
     with pytest.raises(UsageError, match=r"no split 'trian' \(did you mean 'train'\?\); it has train, test"):
-        load_examples("cifar10", "trian", tfds_dir)
+        open_source("cifar10", "trian", tfds_dir)
+    for split in ("train[:0%]", "train[5:5]", "train[60000:]", "train[a:b]"):
+        with pytest.raises(UsageError, match=r"is empty or no slice; train has 50,000 examples.*'train\[:90%\]'"):
+            open_source("cifar10", split, tfds_dir)
+    for name in ("cifar10/nope", "cifar10:9.9.9", "cifar10/"):
+        with pytest.raises(UsageError, match=f"TFDS cannot open '{name}': "):
+            open_source(name, "train", tfds_dir)
     with pytest.raises(UsageError, match="train and test, not 'validation'"):
-        load_examples("digits", "validation")
+        open_source("digits", "validation")
 
 
 def test_a_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path, monkeypatch):
     monkeypatch.setattr("resattn_jax.data.sources._can_prepare", lambda: False)
     with pytest.raises(UsageError, match=r"cifar10 is not prepared in .*\[prepare\].*--mode=prepare"):
-        load_examples("cifar10", "train", str(tmp_path))
+        open_source("cifar10", "train", str(tmp_path))
     with pytest.raises(UsageError, match=r"needs TensorFlow: pip install -e '\.\[prepare\]'"):
         prepare("cifar10", str(tmp_path))
 
 
-def test_a_set_in_tfrecord_format_says_how_to_convert_it(tfds_dir, tmp_path):
+def copy_of_cifar10(tfds_dir, tmp_path, **changes):
+    """A folder with a description of cifar10 but without its records; changes: to dataset_info.json."""
     folder = next(pathlib.Path(tfds_dir).glob("cifar10/*"))
     copy = tmp_path / "cifar10" / folder.name
     copy.mkdir(parents=True)
     for name in ("features.json", "label.labels.txt"):
         shutil.copy(folder / name, copy / name)
     info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "tfrecord"
-    (copy / "dataset_info.json").write_text(json.dumps(info))
+    (copy / "dataset_info.json").write_text(json.dumps({**info, **changes}))
+    return folder, copy
+
+
+def test_a_set_in_tfrecord_format_says_how_to_convert_it(tfds_dir, tmp_path):
+    copy_of_cifar10(tfds_dir, tmp_path, fileFormat="tfrecord")
     with pytest.raises(UsageError, match=r"as tfrecord, .*tfds convert_format --dataset_version_dir=.*array_record"):
-        load_examples("cifar10", "train", str(tmp_path))
+        open_source("cifar10", "train", str(tmp_path))
 
 
-def test_sets_that_cannot_be_resident_are_refused(tfds_dir):
-    if not (pathlib.Path(tfds_dir) / "imagenet2012").is_dir():
-        pytest.skip("TFDS_DATA_DIR has no imagenet2012")
-    with pytest.raises(UsageError, match="different sizes"):
-        load_examples("imagenet2012", "train", tfds_dir)
+def test_a_set_that_was_converted_to_a_second_format_is_read(tfds_dir, tmp_path):
+    """As `tfds convert_format` leaves it."""
+    folder, copy = copy_of_cifar10(tfds_dir, tmp_path, fileFormat="tfrecord", alternativeFileFormats=["array_record"])
+    for path in folder.glob("*-test.array_record*"):
+        (copy / path.name).symlink_to(path)
+    assert open_source("cifar10", "test", str(tmp_path))[7] == open_source("cifar10", "test", tfds_dir)[7]
+
+
+def test_a_split_without_labels_is_refused(tfds_dir, tmp_path):
+    """TFDS gives the examples of a competition's test set the label -1."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    split = {"name": "test", "shardLengths": ["1"], "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"}
+    _, copy = copy_of_cifar10(tfds_dir, tmp_path, splits=[split])
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(b"picture")
+    example.features.feature["label"].int64_list.value.append(-1)
+    writer = ArrayRecordWriter(str(copy / "cifar10-test.array_record-00000-of-00001"), "group_size:1")
+    writer.write(example.SerializeToString())
+    writer.close()
+    with pytest.raises(UsageError, match="the split 'test' of cifar10 has no labels"):
+        open_source("cifar10", "test", str(tmp_path))

@@ -1,6 +1,7 @@
 """Sources other than the small sets of test_data: folders, slices, pictures of every kind, and what can be wrong."""
 
 import io
+import pathlib
 import pickle
 import struct
 import zlib
@@ -29,6 +30,7 @@ def folder(tmp_path):
             save(tmp_path / "val" / name / "deeper" / f"{i}.jpg", color)
     (tmp_path / "train/a/notes.txt").write_text("no picture")
     (tmp_path / "train/a/.hidden.jpg").write_text("no picture")
+    save(tmp_path / "train" / "a" / ".ipynb_checkpoints" / "1-checkpoint.jpg", "red")
     return tmp_path
 
 
@@ -100,7 +102,7 @@ def test_a_folder_that_cannot_be_used_says_why(folder, change, split, message):
         shutil.rmtree(folder / "train")
         save(folder / "train" / "1.jpg", "red")
     elif change == "no pictures":
-        for path in (folder / "train").rglob("*.*"):
+        for path in filter(pathlib.Path.is_file, (folder / "train").rglob("*.*")):
             path.unlink()
     elif change == "an empty class":
         (folder / "train/d").mkdir()
@@ -260,6 +262,34 @@ def test_a_broken_picture_is_an_error_that_says_why(name):
 def test_a_decompression_bomb_is_refused_by_its_header(name):
     with pytest.raises(BrokenPicture, match=r"pixels|[Dd]ecompression bomb"):
         Picture(broken_files()[name])
+
+
+def test_a_kind_of_file_that_pillow_reads_by_starting_a_program_is_refused():
+    with pytest.raises(BrokenPicture, match="no image of a known kind"):
+        Picture(encoded(photograph(), "EPS"))
+
+
+def test_threads_that_open_pictures_leave_the_programs_warnings_as_they_are(monkeypatch):
+    """Two threads open a PNG at the same time, the first that began being the first to end."""
+    import threading
+    import warnings
+
+    def opening(*args, open=PIL.Image.open, **options):
+        both.wait(10)
+        if threading.current_thread() is second:
+            first.join(10)
+        return open(*args, **options)
+
+    data, both = encoded(flat("L", 90)), threading.Barrier(2)
+    first, second = (threading.Thread(target=Picture, args=(data,)) for _ in range(2))
+    monkeypatch.setattr(PIL.Image, "open", opening)
+    with warnings.catch_warnings():  # or else a failure here would hide the warnings of other tests
+        before = list(warnings.filters)
+        for thread in (first, second):
+            thread.start()
+        for thread in (first, second):
+            thread.join(10)
+        assert warnings.filters == before
 
 
 def test_odd_metadata_and_trailing_bytes_do_not_break_a_picture():

@@ -5,19 +5,24 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections import Counter
 
 import jax
 import numpy as np
 import PIL.Image
 import psutil
 import pytest
-from test_sources import broken_files, encoded
+from conftest import ROOT
+from streaming_host import Numbers
+from test_sources import broken_files
 
 from resattn_jax.contact_sheet import write_contact_sheet
 from resattn_jax.data.batches import ProcessBatches, ThreadedBatches, TrainBatches
 from resattn_jax.data.order import batch_rows
-from resattn_jax.data.sources import open_source
+from resattn_jax.data.sources import open_source, read
 from resattn_jax.data.streaming import Streaming
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import RunError, UsageError
@@ -29,27 +34,6 @@ from resattn_jax.train import train_and_evaluate
 PLAIN = TrainTransform(8, False, (0.08, 1.0), (0.75, 4 / 3), (0, 9))
 RANDOM = TrainTransform(24, True, (0.08, 1.0), (0.75, 4 / 3), (2, 9))
 CENTRE = EvalTransform(8, 1.0, 1)
-
-
-class Numbers:
-    """Examples that carry their row: label and every pixel are the row's number."""
-
-    image_shape = (8, 8, 3)
-    class_names = tuple(map(str, range(250)))
-
-    def __init__(self, count, broken=()):
-        self._count, self._broken, self.read = count, set(broken), []
-
-    def __len__(self):
-        return self._count
-
-    def __getitem__(self, row):
-        self.read.append(row)
-        data = encoded(PIL.Image.new("RGB", (8, 8), (row, row, row)))
-        return (data[:20] if row in self._broken else data), row
-
-    def name(self, row):
-        return f"example {row}"
 
 
 class Deadly(Numbers):
@@ -138,6 +122,18 @@ def test_an_evaluation_that_is_given_up_ends_its_threads():
     next(iterator)
     iterator.close()
     assert threading.active_count() <= before
+
+
+def test_label_noise_is_the_same_streamed_and_resident(tiny_config):
+    tiny_config.data.label_noise = 0.5
+    resident = build(tiny_config).train
+    tiny_config.data.pipeline = "streaming"
+    streamed = build(tiny_config).train
+    rows = batch_rows(0, 2, 64, 1437)
+    (batch,) = batches(streamed, [2], size=64, seed=0)
+    np.testing.assert_array_equal(batch["label"][0], np.asarray(resident.arrays["label"])[rows])
+    clean = read(open_source("digits", "train")).labels
+    assert 0.45 < (np.asarray(resident.arrays["label"]) != clean).mean() < 0.55
 
 
 # ---- Faults.
@@ -294,7 +290,13 @@ def test_a_contact_sheet_shows_the_batch(folder_config, tmp_path):
         ("data.pipeline", "fast", "it must be one of auto, resident, streaming"),
         ("data.image_size", None, "set config.data.image_size, say to 224"),
         ("data.mean_image", True, "config.data.mean_image is for resident sets"),
-        ("data.label_noise", 0.1, "config.data.label_noise is for resident sets"),
+        ("data.label_noise", 1.5, "is a share of the labels, from 0 to 1, not 1.5"),
+        ("data.workers", -1, "config.data.workers is -1; it must be 0 or more"),
+        ("data.image_size", -8, "config.data.image_size is -8; it must be over 0"),
+        ("seed", -1, "config.seed is -1; it must be 0 or more"),
+        ("augment.randaugment_magnitude", 30.0, "it must be from 0 to 10"),
+        ("augment.crop_aspect", (1.0,), r"write \(least, most\), such as \(0.75, 1.33\)"),
+        ("eval.max_examples", 0, "config.eval.max_examples is 0; it must be over 0"),
         ("data.broken", "ignore", "it must be one of fail, skip"),
         ("steps_per_dispatch", 4, "config.steps_per_dispatch must be 1, or unset"),
         ("augment.crop_area", (0.5, 0.1), r"write \(least, most\), such as \(0.08, 1.0\)"),
@@ -334,7 +336,9 @@ def test_memory_stays_flat_over_fifty_epochs_of_the_sample(tfds_dir):
     assert max(used[1:]) - used[0] < 40, used  # MB; one epoch is 3.5 MB of pixels and 35 MB of files
 
 
-def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_again():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # the machine's first; the mesh is of CPUs
+def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_again(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     pipeline = stream(Numbers(250), devices=jax.devices()[:1])
     held = [pipeline.train_batches(3, step, 1, 16, 1) for step in range(12)]
     time.sleep(0.2)
@@ -343,21 +347,25 @@ def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_agai
         np.testing.assert_array_equal(np.asarray(batch["image"])[0, :, 0, 0, 0], batch_rows(3, step, 16, 250))
 
 
-def test_two_hosts_stream_parts_of_one_run(tmp_path):
-    """Each reads its own part of every batch; what they log together is what one process with two devices logs."""
+def test_two_hosts_read_parts_of_each_batch_that_have_nothing_in_common():
+    """Two processes, a device each: together they make the batches, and measure every example once."""
     import socket
 
-    from test_multihost import start
-
-    streamed = ["--config.data.pipeline=streaming", "--config.eval.batch_size=100"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        hosts = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
-    both = [start(tmp_path / "two", *hosts, f"--process_id={i}", *streamed, devices=1) for i in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said[0][1] + said[1][1]
-    alone = start(tmp_path / "one", *streamed, devices=2)
-    said = alone.communicate(timeout=300)
-    assert alone.returncode == 0, said[1]
-    two, one = (json.loads((tmp_path / run / "result.json").read_text())["final"] for run in ("two", "one"))
-    assert two == pytest.approx(one, rel=1e-4)
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests/streaming_host.py", coordinator, str(i)],
+            env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for i in range(2)
+    ]  # fmt: skip
+    said = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said[0][1] + said[1][1]
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
+    for host, places in ((first, slice(0, 5)), (second, slice(5, 10))):
+        assert host["labels"] == host["pixels"] == [batch_rows(3, step, 10, 40).tolist() for step in range(4, 8)]
+        own = np.concatenate([batch_rows(3, step, 10, 40)[places] for step in range(4, 13)]).tolist()  # some ahead
+        assert Counter(own[:20]) <= Counter(host["read"]) <= Counter(own)
+        assert host["measured"] == list(range(23))

@@ -9,7 +9,7 @@ import PIL.ImageOps
 import pytest
 
 from resattn_jax.data import randaugment as ra
-from resattn_jax.data.pictures import Picture
+from resattn_jax.data.pictures import BrokenPicture, Picture
 from resattn_jax.data.transforms import EvalTransform, TrainTransform, crop_box, resize
 
 
@@ -66,6 +66,31 @@ def test_a_window_is_resized_as_pillow_resizes_it(box):
     assert difference.mean() < 2  # a pixel's place may be off by a part of one, as the decoder shrinks by whole factors
     if (height, width) == (64, 64):
         np.testing.assert_array_equal(out, pixels[top : top + 64, left : left + 64])
+
+
+def bilinear(pixels, size):
+    """Exactly, pixels being squares and what is beyond the rim as the rim."""
+
+    def weights(count):
+        places = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+        return np.maximum(0, 1 - abs(places[:, None] - np.arange(count)))
+
+    rows, columns = (weights(count) for count in pixels.shape[:2])
+    return np.moveaxis(rows @ np.moveaxis(pixels, 2, 0) @ columns.T, 0, 2)
+
+
+@pytest.mark.parametrize("shape", [(300, 250), (224, 224), (100, 90), (447, 440), (30, 20), (1, 1), (2, 300)])
+def test_a_window_less_than_twice_the_result_is_resized_bilinearly(shape):
+    pixels = rng(2).integers(0, 256, (*shape, 3), np.uint8)
+    out = np.empty((224, 224, 3), np.uint8)
+    resize(picture(pixels), (0, 0, *shape), out)
+    assert np.abs(out - bilinear(pixels, 224)).max() < 0.8  # of 255; rounding alone is 0.5
+
+
+def test_a_picture_too_narrow_to_be_resized_is_refused():
+    """256 pixels wide, it would be 15 million high: 12 GB."""
+    with pytest.raises(BrokenPicture, match="with 60000 x 1 pixels it is too narrow"):
+        EvalTransform(224, 0.875, 1)(picture(np.zeros((60_000, 1, 3), np.uint8)))
 
 
 @pytest.mark.parametrize("size", [224, 320, 448])

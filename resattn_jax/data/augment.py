@@ -208,4 +208,5 @@ def _blend(a: jax.Array, b: jax.Array, factor: jax.Array) -> jax.Array:
 
 def _grey(images: jax.Array) -> jax.Array:
     """Luma (ITU-R 601), [B, H, W, 1]."""
-    return images @ jnp.array([[0.299], [0.587], [0.114]])
+    luma = np.array([0.299, 0.587, 0.114], np.float32)
+    return jnp.sum(images * luma.reshape(1, 1, 1, 3), -1, keepdims=True)  # no product of matrices: TPUs round those

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resattn_jax.data.order import batch_rows
-from resattn_jax.data.pictures import BrokenPicture, Picture
+from resattn_jax.data.pictures import BrokenPicture, Picture, reason
 from resattn_jax.data.sources import Source
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import RunError, UsageError
@@ -183,14 +183,14 @@ class ProcessBatches:
         except (StopIteration, UsageError):  # what a worker raises comes through Grain as it is
             raise
         except Exception as error:
-            raise RunError(f"a data worker failed: {str(error).strip().splitlines()[0]}") from error
+            raise RunError(f"a data worker failed: {reason(error)}") from error
 
     def give_back(self, images: np.ndarray) -> None:
         """Shared memory goes back by itself."""
 
     def close(self) -> None:
         """Ends the processes."""
-        self._iterator.close() if hasattr(self._iterator, "close") else None
+        self._iterator.close()
 
 
 class _Whole:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
+from resattn_jax.data.sources import Source
+from resattn_jax.errors import UsageError
 
-def noisy_labels(labels: np.ndarray, num_classes: int, noise: float, seed: int) -> np.ndarray:
-    """Draws each label anew from its row of the confusion matrix, a function of the seed.
 
-    The matrix has 1 - noise on the diagonal and noise / (num_classes - 1) elsewhere; the paper's clean ratio r is
-    1 - noise. labels: int32 [N] -> int32 [N]. Raises ValueError when noise is not in [0, 1].
+class NoisySource:
+    """A source whose labels are drawn anew from their rows of the confusion matrix, a function of the seed.
+
+    The matrix has 1 - noise on the diagonal and noise / (classes - 1) elsewhere; the paper's clean ratio r is
+    1 - noise.
     """
-    if not 0 <= noise <= 1:
-        raise ValueError(f"label noise is a share of the labels, from 0 to 1, not {noise}")
-    rng = np.random.default_rng([seed, 0x1ABE1])
-    wrong = rng.random(len(labels)) < noise
-    shift = rng.integers(1, num_classes, len(labels))  # to each of the other classes alike
-    return np.where(wrong, (labels + shift) % num_classes, labels).astype(np.int32)
+
+    def __init__(self, source: Source, noise: float, seed: int):
+        """Raises UsageError when noise is not in [0, 1]."""
+        if not 0 <= noise <= 1:
+            raise UsageError(f"config.data.label_noise is a share of the labels, from 0 to 1, not {noise}")
+        self._source, self.class_names, self.image_shape = source, source.class_names, source.image_shape
+        rng = np.random.default_rng([seed, 0x1ABE1])
+        wrong = rng.random(len(source)) < noise
+        self._shifts = np.where(wrong, rng.integers(1, len(self.class_names), len(source)), 0)  # to each other alike
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: int) -> tuple[bytes, int]:
+        data, label = self._source[row]
+        return data, int(label + self._shifts[row]) % len(self.class_names)
+
+    def name(self, row: int) -> str:
+        return self._source.name(row)

@@ -16,6 +16,10 @@ import simplejpeg
 
 MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS  # 89 million; what claims to be larger is taken for a decompression bomb
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the name says; Pillow would start programs for others
+
+# Of sizes, which are checked here, and of odd metadata. Not in `catch_warnings`, which is for one thread at a time.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenPicture(Exception):
@@ -73,7 +77,7 @@ class Picture:
         try:
             image = to_rgb(self._image)
         except Exception as error:  # Pillow's decoders raise many kinds
-            raise BrokenPicture(_reason(error)) from error
+            raise BrokenPicture(reason(error)) from error
         return np.asarray(image if shrink == 1 else image.reduce(shrink))
 
     def top_pixels(self, rows: int, shrink: int, scratch: Scratch) -> np.ndarray:
@@ -98,13 +102,11 @@ class Picture:
 
     def _open(self) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes, which are checked above, and of odd metadata
-                self._image = PIL.Image.open(io.BytesIO(self._data))
+            self._image = PIL.Image.open(io.BytesIO(self._data), formats=_KINDS)
         except PIL.UnidentifiedImageError:
             raise BrokenPicture("it is no image of a known kind") from None
         except Exception as error:
-            raise BrokenPicture(_reason(error)) from error
+            raise BrokenPicture(reason(error)) from error
         self.width, self.height = self._image.size
 
 
@@ -138,5 +140,6 @@ def _cut_off(data: bytes, rows: int) -> bytes | None:
     return None
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def reason(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

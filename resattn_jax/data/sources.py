@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 
 from resattn_jax.config import nearest
-from resattn_jax.data.pictures import SUFFIXES
+from resattn_jax.data.pictures import SUFFIXES, reason
 from resattn_jax.errors import UsageError
 
 OWN_SPLITS = ("val", "validation", "test")  # a folder's split that is measured may have any of these names
@@ -72,19 +72,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     return TfdsSource(name, split, data_dir)
 
 
-def load_examples(name: str, split: str, data_dir: str | None = None) -> Examples:
-    """Reads one split of a data set whose images all have one size; the arguments and errors of `open_source`.
-
-    Raises UsageError as well when the images have different sizes.
-    """
-    source = open_source(name, split, data_dir)
-    if source.image_shape is None:
-        raise UsageError(f"the images of {name} have different sizes; only sets of one size can be held on the devices")
-    return read(source)
-
-
 def read(source: Source) -> Examples:
-    """Decodes a source whose images all have one size into memory."""
+    """Decodes a source into memory. Its images all have one size: image_shape is not None."""
 
     def decode(data: bytes) -> np.ndarray:
         image = np.asarray(PIL.Image.open(io.BytesIO(data)))
@@ -114,7 +103,7 @@ def prepare(name: str, data_dir: str | None = None) -> str:
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # TFDS raises whatever the network, the disk or the set's own code does
-        raise UsageError(f"TFDS could not prepare {name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"TFDS could not prepare {name}: {reason(error)}") from error
     return str(builder.data_path)
 
 
@@ -123,8 +112,6 @@ class TfdsSource:
 
     def __init__(self, name: str, split: str, data_dir: str | None):
         """Prepares the set if it can. Raises UsageError."""
-        import tensorflow_datasets as tfds  # a slow import that other sources do without
-
         builder = _builder(name, data_dir)
         if not _readable(builder):
             if builder.is_prepared():
@@ -138,29 +125,30 @@ class TfdsSource:
             builder = _builder(name, data_dir)
         features = builder.info.features
         self._image, self._label = _image_and_label(name, builder)
-        try:
-            self._records = builder.as_data_source(split, decoders={self._image: tfds.decode.SkipDecoding()})
-        except ValueError as error:
-            splits = list(builder.info.splits)
-            there = f"{nearest(split, splits)}; it has {', '.join(splits)}"
-            raise UsageError(f"{name} has no split {split!r}{there}") from error
-        if not len(self._records):
-            raise UsageError(f"the split {split!r} of {name} is empty")
+        self._records = _records(name, builder, split)
         self.class_names = tuple(features[self._label].names)
         shape = features[self._image].shape
         self.image_shape = None if None in shape else shape
         self._title = f"{name} {split}"
+        if self[0][1] < 0:
+            raise UsageError(f"the split {split!r} of {name} has no labels: TFDS writes -1 for each")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, row: int) -> tuple[bytes, int]:
-        record = self._records[row]
-        return record[self._image], int(record[self._label])
+        example = self._example(row)
+        return example[self._image].bytes_list.value[0], example[self._label].int64_list.value[0]
 
     def name(self, row: int) -> str:
-        file_name = self._records[row].get("file_name", b"")
-        return f"{self._title}, example {row} {file_name.decode()}".rstrip()
+        file_name = self._example(row)["file_name"].bytes_list.value
+        return " ".join([f"{self._title}, example {row}", *(n.decode() for n in file_name)])
+
+    def _example(self, row: int):
+        """A record's features by their keys. TFDS's decoding of all of them would take as long as reading them."""
+        from tensorflow_datasets.proto import tf_example_pb2  # slow the first time; other sources do without
+
+        return tf_example_pb2.Example.FromString(self._records[row]).features.feature
 
 
 class FolderSource:
@@ -189,8 +177,8 @@ class FolderSource:
             )
         self._folder, files, labels = str(folder), [], []
         for label, class_name in enumerate(self.class_names):
-            inside = [str(p.relative_to(folder)) for p in (folder / class_name).rglob("*") if _is_picture(p)]
-            files += sorted(inside)
+            inside = _pictures_in(self._folder, class_name)
+            files += inside
             labels += [label] * len(inside)
         if not files:
             raise UsageError(f"{folder} has no pictures; they are known by their names' ends: {', '.join(SUFFIXES)}")
@@ -305,8 +293,14 @@ def _sliced(split: str, open_split: Any) -> Source:
     return _Part(source, rows)
 
 
-def _is_picture(path: pathlib.Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def _pictures_in(folder: str, class_name: str) -> list[str]:
+    """Paths from `folder` of the pictures at any depth below one of its folders, sorted; nothing hidden."""
+    found = []
+    for path, folders, files in os.walk(os.path.join(folder, class_name)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        inside = os.path.relpath(path, folder)
+        found += [os.path.join(inside, n) for n in files if n[0] != "." and n.lower().endswith(SUFFIXES)]
+    return sorted(found)
 
 
 @functools.lru_cache(maxsize=256)
@@ -341,12 +335,34 @@ def _image_and_label(name: str, builder) -> tuple[str, str]:
     return images[0], labels[0]
 
 
+def _records(name: str, builder, split: str):
+    """The records of a split, bytes each."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format="array_record"
+        )
+    except ValueError as error:
+        splits, base = builder.info.splits, split.partition("[")[0]
+        if base not in splits:
+            raise UsageError(
+                f"{name} has no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}"
+            ) from error
+        raise UsageError(
+            f"{split!r} is empty or no slice; {base} has {splits[base].num_examples:,} examples,"
+            f" and slices of it are written '{base}[:90%]' or '{base}[100:200]'"
+        ) from error
+
+
 def _builder(name: str, data_dir: str | None):
     import tensorflow_datasets as tfds
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of every folder it looks into
     try:
-        return tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=data_dir)
+        # Only a builder made of what lies there knows of a second format, such as `tfds convert_format` adds.
+        return tfds.builder_from_directory(builder.data_path) if builder.is_prepared() else builder
     except tfds.core.registered.DatasetNotFoundError:
         near = nearest(name, [*_MADE_HERE, *tfds.list_builders(with_community_datasets=False)])
         raise UsageError(
@@ -354,6 +370,8 @@ def _builder(name: str, data_dir: str | None):
             " such as cifar10, cifar100, svhn_cropped and imagenet2012 (python -c 'import tensorflow_datasets as t;"
             " print(t.list_builders())')"
         ) from None
+    except (ValueError, AssertionError, ImportError) as error:  # of the name, the configuration, the version
+        raise UsageError(f"TFDS cannot open {name!r}: {reason(error)}") from error
 
 
 def _readable(builder) -> bool:
@@ -364,7 +382,7 @@ def _not_random_access(builder) -> str:
     return (
         f"{builder.name} lies in {builder.data_path} as {builder.info.file_format.value}, which has no random access;"
         f" turn it into ArrayRecord: tfds convert_format --dataset_version_dir={builder.data_path}"
-        " --out_file_format=array_record (needs pip install -e '.[prepare]' apache-beam)"
+        " --out_file_format=array_record (docs/data.md says what that needs)"
     )
 
 

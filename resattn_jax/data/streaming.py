@@ -70,11 +70,10 @@ class Streaming:
         if (kind, expected) != ((seed, batch_size), step):
             self.close()
             batches = TrainBatches(self._source, self._transform, seed, batch_size, self._places(batch_size))
-            prefetched = _Prefetched(
-                load(batches, step, self._workers),
-                lambda b: {"image": self._put(b.images, sharding, batch_size, 1),
-                           "label": self._put(b.labels, sharding, batch_size, 1)},
-            )  # fmt: skip
+            prefetched = self._prefetched(batches, step, lambda b: {
+                "image": self._put(b.images, sharding, batch_size, 1),
+                "label": self._put(b.labels, sharding, batch_size, 1),
+            })  # fmt: skip
         self._stream = (seed, batch_size), step + 1, prefetched
         batch, broken = next(prefetched)
         self._report(broken)
@@ -85,9 +84,7 @@ class Streaming:
         count = self.examples if max_examples is None else min(max_examples, self.examples)
         batches = EvalBatches(self._source, self._transform, count, batch_size, self._places(batch_size))
         sharding = NamedSharding(self._mesh, P("data"))
-        prefetched = _Prefetched(
-            load(batches, 0, self._workers), lambda b: [self._put(x, sharding, batch_size, 0) for x in b[:3]]
-        )
+        prefetched = self._prefetched(batches, 0, lambda b: [self._put(x, sharding, batch_size, 0) for x in b[:3]])
         try:
             for (images, labels, mask), broken in prefetched:
                 self._report(broken)
@@ -100,6 +97,10 @@ class Streaming:
         if self._stream:
             self._stream[2].close()
             self._stream = None
+
+    def _prefetched(self, batches: TrainBatches | EvalBatches, start: int, put: Callable[[Batch], Any]) -> _Prefetched:
+        copied = self._mesh.devices.flat[0].platform != "cpu"  # there an array may be the very memory that was put
+        return _Prefetched(load(batches, start, self._workers), put, copied)
 
     def _places(self, batch_size: int) -> np.ndarray:
         """The places of the global batch that lie on this host's devices, ascending."""
@@ -134,12 +135,11 @@ class _Prefetched:
     """Host batches put on the devices by a thread of their own, one or two ahead of the one that is asked for.
 
     Iterating gives (what `put` made of a batch, its broken pictures). The transfer of one batch overlaps the step that
-    works on the one before and the decoding of the next.
+    works on the one before and the decoding of the next. copied: what was put may be written over.
     """
 
-    def __init__(self, batches: ThreadedBatches | ProcessBatches, put: Callable[[Batch], Any]):
-        self._batches, self._put = batches, put
-        self._copied = jax.default_backend() != "cpu"  # there an array may be the very memory that was put
+    def __init__(self, batches: ThreadedBatches | ProcessBatches, put: Callable[[Batch], Any], copied: bool):
+        self._batches, self._put, self._copied = batches, put, copied
         self._ready, self._closed = queue.Queue(maxsize=1), threading.Event()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
