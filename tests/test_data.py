@@ -10,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from resattn_jax.data.order import batch_rows
+from resattn_jax.data.pipelines import open_pipelines
 from resattn_jax.data.pictures import Picture
 from resattn_jax.data.resident import Resident
 from resattn_jax.data.sources import Examples, open_source, prepare, read
@@ -144,7 +145,7 @@ def test_a_set_that_was_converted_to_a_second_format_is_read(tfds_dir, tmp_path)
     assert open_source("cifar10", "test", str(tmp_path))[7] == open_source("cifar10", "test", tfds_dir)[7]
 
 
-def test_a_split_without_labels_is_refused(tfds_dir, tmp_path):
+def test_a_split_without_labels_is_refused(tfds_dir, tmp_path, tiny_config):
     """TFDS gives the examples of a competition's test set the label -1."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
@@ -157,5 +158,6 @@ def test_a_split_without_labels_is_refused(tfds_dir, tmp_path):
     writer = ArrayRecordWriter(str(copy / "cifar10-test.array_record-00000-of-00001"), "group_size:1")
     writer.write(example.SerializeToString())
     writer.close()
+    tiny_config.data.update(name="cifar10", dir=str(tmp_path), train_split="test", eval_split="test")
     with pytest.raises(UsageError, match="the split 'test' of cifar10 has no labels"):
-        open_source("cifar10", "test", str(tmp_path))
+        open_pipelines(tiny_config, make_mesh())

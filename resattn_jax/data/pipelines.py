@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import ml_collections
@@ -30,6 +31,7 @@ def open_pipelines(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Pipel
     _check_values(config)
     train, test = (open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
     _check_classes(data, train, test)
+    _check_labels(data, train, test)
     if data.label_noise:
         train = NoisySource(train, data.label_noise, config.seed)
     if _is_streamed(config, train, test):
@@ -70,6 +72,13 @@ def _check_classes(data: ml_collections.ConfigDict, train: Source, test: Source)
             if names
         ]
         raise UsageError(f"the classes of {data.name} differ between its splits: {'; '.join(only)}")
+
+
+def _check_labels(data: ml_collections.ConfigDict, train: Source, test: Source) -> None:
+    for split, source in ((data.train_split, train), (data.eval_split, test)):
+        with contextlib.suppress(OSError):  # a file that cannot be read is told of when its turn comes
+            if source[0][1] < 0:
+                raise UsageError(f"the split {split!r} of {data.name} has no labels: TFDS writes -1 for each")
 
 
 def _is_streamed(config: ml_collections.ConfigDict, train: Source, test: Source) -> bool:

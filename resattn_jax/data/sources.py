@@ -130,8 +130,6 @@ class TfdsSource:
         shape = features[self._image].shape
         self.image_shape = None if None in shape else shape
         self._title = f"{name} {split}"
-        if self[0][1] < 0:
-            raise UsageError(f"the split {split!r} of {name} has no labels: TFDS writes -1 for each")
 
     def __len__(self) -> int:
         return len(self._records)
