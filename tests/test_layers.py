@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from resattn_jax.models import NETS
-from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear
+from resattn_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    Linear,
+    max_pool,
+    max_pool_by_slices,
+    max_pool_by_window,
+    upsample_bilinear,
+)
 from resattn_jax.models.network import AttentionModule, PreActivationUnit, attention_activation
 
 
@@ -100,6 +108,19 @@ def test_window_two_without_padding():
     """The pool of ra92_cifar_pooled; an odd last row is left out."""
     assert rows(max_pool(maps(FOUR), window=2, padding="valid")) == [[5, 7], [13, 15]]
     assert rows(max_pool(maps(FIVE), window=2, padding="valid")) == [[6, 8], [16, 18]]
+
+
+@pytest.mark.parametrize(("window", "pad"), [(3, (1, 1)), (3, (0, 1)), (3, (0, 0)), (2, (0, 0))])
+@pytest.mark.parametrize("size", [6, 7])
+def test_tpus_pool_as_others_do(window, pad, size):
+    """Two programs for one thing: the same maxima, and the gradient goes to the same places."""
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
+    pads = [(0, 0), pad, pad, (0, 0)]
+    results = []
+    for pool in max_pool_by_window, max_pool_by_slices:
+        y, gradient = jax.vjp(functools.partial(pool, window=window, pads=pads), x)
+        results.append((y, *gradient(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *results)
 
 
 @pytest.mark.parametrize(("window", "padding"), [(3, "ceil"), (2, "valid")])

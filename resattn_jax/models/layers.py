@@ -99,7 +99,7 @@ def _normalize_batch(x, scale, bias, relu, axis_name):
     """Normalised x, and the mean and variance of the batch [C], through which no gradient flows.
 
     Autodiff keeps x - mean and more for the backward pass. This one keeps x, which the convolution before has written
-    anyway, and computes the rest again: on the CPU a third of the memory traffic of training.
+    anyway, and computes the rest again.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, square = jnp.mean(wide, (0, 1, 2)), jnp.mean(wide**2, (0, 1, 2))
@@ -159,19 +159,37 @@ def max_pool(x: jax.Array, *, window: int = 3, padding: str) -> jax.Array:
     [B, H, W, C] -> [B, h, w, C]. Raises ValueError when nothing would be left of the map.
     """
     height, width = x.shape[1:3]
+    pads = [(0, 0)] * 4
     for axis, size in (1, height), (2, width):
         if padding == "ceil":
             out = -(-(size - window) // 2) + 1
-            pad = (0, max((out - 1) * 2 + window - size, 0))
+            pads[axis] = (0, max((out - 1) * 2 + window - size, 0))
         else:
-            pad = (1, 1) if padding == "both" else (0, 0)
-            out = (size + 2 * pad[0] - window) // 2 + 1
+            pads[axis] = (1, 1) if padding == "both" else (0, 0)
+            out = (size + 2 * pads[axis][0] - window) // 2 + 1
         if out < 1:
             raise ValueError(f"the input is too small for this net: a {height}x{width} map cannot be pooled")
-        # A maximum of strided slices, one axis after the other: the gradient of reduce_window, a select-and-scatter,
-        # takes four times as long on the CPU.
-        x = jnp.pad(x, [pad if a == axis else (0, 0) for a in range(4)], constant_values=-jnp.inf)
-        slices = [jax.lax.slice_in_dim(x, i, i + 2 * out - 1, stride=2, axis=axis) for i in range(window)]
+    # On TPUs slices move more of the map to memory and back: 37 % more bytes in the first stage of ra92_cifar.
+    return jax.lax.platform_dependent(
+        x,
+        tpu=functools.partial(max_pool_by_window, window=window, pads=pads),
+        default=functools.partial(max_pool_by_slices, window=window, pads=pads),
+    )
+
+
+def max_pool_by_window(x: jax.Array, *, window: int, pads: list[tuple[int, int]]) -> jax.Array:
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, 2, 2, 1), pads)
+
+
+def max_pool_by_slices(x: jax.Array, *, window: int, pads: list[tuple[int, int]]) -> jax.Array:
+    """A maximum of strided slices, one axis after the other.
+
+    The gradient of reduce_window, a select-and-scatter, takes four times as long on the CPU.
+    """
+    for axis in 1, 2:
+        x = jnp.pad(x, [pad if a == axis else (0, 0) for a, pad in enumerate(pads)], constant_values=-jnp.inf)
+        end = x.shape[axis] - window + 1  # behind the last place where a window may begin
+        slices = [jax.lax.slice_in_dim(x, i, i + end, stride=2, axis=axis) for i in range(window)]
         x = functools.reduce(jnp.maximum, slices)
     return x
 
