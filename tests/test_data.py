@@ -10,8 +10,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from resattn_jax.data.order import batch_rows
-from resattn_jax.data.pipelines import open_pipelines
 from resattn_jax.data.pictures import Picture
+from resattn_jax.data.pipelines import open_pipelines
 from resattn_jax.data.resident import Resident
 from resattn_jax.data.sources import Examples, open_source, prepare, read
 from resattn_jax.errors import UsageError
