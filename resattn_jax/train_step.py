@@ -147,8 +147,14 @@ def train_step(
     n = recipe.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
     zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
-    no_loop = n == 1 or jax.default_backend() == "cpu"  # there the body of a loop runs on one core
-    sums, metrics = jax.lax.scan(micro_batch, zeros, micro_batches, unroll=no_loop)
+    if n == 1 or jax.default_backend() == "cpu":  # there the body of a loop runs on one core, that of `unroll` too
+        sums, metrics = zeros, []
+        for i in range(n):
+            sums, new = micro_batch(sums, jax.tree.map(lambda x, i=i: x[i], micro_batches))
+            metrics.append(new)
+        metrics = jax.tree.map(lambda *values: jnp.stack(values), *metrics)
+    else:
+        sums, metrics = jax.lax.scan(micro_batch, zeros, micro_batches)
     means = jax.tree.map(lambda x: x / n, sums), jax.tree.map(jnp.mean, metrics)
     (grads, batch_stats), (loss, top1) = jax.lax.pmean(means, "data")
 
