@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from resattn_jax.errors import RunError
+from resattn_jax.errors import RunError, reason
 
 LOST_AFTER = 30  # seconds without a sign of life from a process until JAX ends the others
 _START_AGAIN = (
@@ -72,7 +72,7 @@ def device_faults(memory_advice: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).strip().splitlines()[0]
+        said = reason(error)
         if "RESOURCE_EXHAUSTED" in said:
             raise RunError(f"a device is out of memory {memory_advice} ({said})") from error
         if jax.process_count() > 1:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from resattn_jax.data.order import batch_rows
-from resattn_jax.data.pictures import BrokenPicture, Picture, reason
+from resattn_jax.data.pictures import BrokenPicture, Picture
 from resattn_jax.data.sources import Source
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
-from resattn_jax.errors import RunError, UsageError
+from resattn_jax.errors import RunError, UsageError, reason
 
 _AHEAD = 2  # batches that are begun before they are asked for, so that no thread waits at the end of one
 _TOGETHER = 8  # examples that a thread takes at a time: handing over each by itself costs a twentieth of decoding it

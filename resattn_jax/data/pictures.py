@@ -14,6 +14,8 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
+from resattn_jax.errors import reason
+
 MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS  # 89 million; what claims to be larger is taken for a decompression bomb
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the name says; Pillow would start programs for others
@@ -138,8 +140,3 @@ def _cut_off(data: bytes, rows: int) -> bytes | None:
             return None
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 
 from resattn_jax.config import nearest
-from resattn_jax.data.pictures import SUFFIXES, reason
-from resattn_jax.errors import UsageError
+from resattn_jax.data.pictures import SUFFIXES
+from resattn_jax.errors import UsageError, reason
 
 OWN_SPLITS = ("val", "validation", "test")  # a folder's split that is measured may have any of these names
 
