@@ -5,7 +5,8 @@
 Ours is the train step of a run: rows taken from a set on the device, normalised, forward, backward, SGD with Nesterov
 momentum and weight decay. PyTorch's (pytorchcv's blocks; `pip install torch`, and pytorchcv with --no-deps) has its
 batch ready on the device and does the rest. Compilation is apart; after a warm-up every step, or dispatch of several,
-is timed until its result is there, and the median counts. Each implementation has a process of its own.
+is timed until its result is there, and the median counts. Each implementation has a process of its own; they take
+turns, so that what else the machine does meets them all alike.
 
 FLOP/s are those of the net: 2 for a multiply-add, three times as many for training. The machine's peak is that of a
 large matrix product in the same process, its bandwidth that of a large copy; bytes are those the compiled program's
@@ -13,6 +14,8 @@ kernels read and write (XLA's cost analysis), so that their rate may exceed the 
 """
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -22,22 +25,37 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 CLASSES = {32: 10}  # else 1000
 IMPLEMENTATIONS = ("resattn_jax", "torch eager", "torch channels_last", "torch compile")
 
 
-def timed(step, seconds, at_least=5):
-    """Median seconds of `step()`, which waits for its own result, over `seconds` and at least so many calls."""
-    for _ in range(2):
-        step()
-    times = []
-    began = time.perf_counter()
-    while len(times) < at_least or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+@dataclasses.dataclass
+class Timed:
+    """What is timed: `call` does `steps` steps and waits for their result. figures: of the median seconds of a call."""
+
+    call: Callable[[], Any]
+    steps: int
+    figures: Callable[[float], dict[str, Any]]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def turn(self, seconds: float, at_least: int = 2) -> None:
+        """Calls for so many seconds, and at least so often, after one call that is not timed."""
+        self.call()
+        began, before = time.perf_counter(), len(self.seconds)
+        while len(self.seconds) < before + at_least or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            self.call()
+            self.seconds.append(time.perf_counter() - start)
+
+
+def median_seconds(call: Callable[[], Any], seconds: float) -> float:
+    """Of one call, called for so many seconds."""
+    timed = Timed(call, 1, lambda _: {})
+    timed.turn(seconds, at_least=5)
+    return statistics.median(timed.seconds)
 
 
 def spec_and_counts(args):
@@ -57,18 +75,21 @@ def spec_and_counts(args):
 
 
 def ours(args):
-    """Measures this project's steps. Yields one dictionary of figures for inference and one for training."""
+    """This project's steps, compiled: yields one Timed for inference and one for training."""
+    from resattn_jax import runtime
+
+    runtime.keep_freed_memory()  # as a run does
+
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     from resattn_jax.data.resident import Resident
-    from resattn_jax.runtime import make_mesh
     from resattn_jax.train_step import Recipe, create_state, make_eval_step, make_train_steps
 
     model, _, multiply_adds = spec_and_counts(args)
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = runtime.make_mesh(jax.devices()[:1])
     device, on_cpu = jax.devices()[0], jax.default_backend() == "cpu"
     recipe = Recipe(0, np.zeros(1), np.ones(1), 0, False, 0.0, 0, 0.0, None)
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-3, momentum=0.9, nesterov=True))
@@ -80,15 +101,9 @@ def ours(args):
     }
     state = jax.jit(lambda: create_state(model, optimizer, recipe, shape))()
 
-    size = 4096 if on_cpu else 8192
-    a = jax.random.normal(jax.random.key(0), (size, size), model.dtype)
-    product = jax.jit(lambda x: x @ x)
-    peak = 2 * size**3 / timed(lambda: jax.block_until_ready(product(a)), 1.0)
-    b = jnp.zeros((64 if on_cpu else 512) << 20, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    bandwidth = 2 * b.nbytes / timed(lambda: jax.block_until_ready(copy(b)), 1.0)
+    peak, bandwidth = machine_peaks(model.dtype)
 
-    def figures(what, compiled, compile_seconds, seconds, steps, passes):
+    def figures(what, compiled, compile_seconds, steps, passes, seconds):
         cost = compiled.cost_analysis() or {}
         moved = cost.get("bytes accessed", float("nan"))
         memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -111,9 +126,12 @@ def ours(args):
     if "inference" in args.what:
         step = make_eval_step(model, recipe, mesh, Resident.take)
         arguments = (arrays, jnp.arange(args.batch, dtype=jnp.int32), jnp.ones(args.batch, bool))
-        compiled, compile_seconds = compile_timed(step, state.variables, *arguments)
-        seconds = timed(lambda: jax.block_until_ready(compiled(state.variables, *arguments)), args.seconds)
-        yield figures("inference", compiled, compile_seconds, seconds, 1, 1)
+        infer, compile_seconds = compile_timed(step, state.variables, *arguments)
+        yield Timed(
+            lambda: jax.block_until_ready(infer(state.variables, *arguments)),
+            1,
+            functools.partial(figures, "inference", infer, compile_seconds, 1, 1),
+        )
 
     if "train" in args.what:
         room = 1 if on_cpu else 10
@@ -126,7 +144,22 @@ def ours(args):
             state, metrics = compiled(state, arrays, rows, np.int32(room))
             jax.block_until_ready(metrics)
 
-        yield figures("train", compiled, compile_seconds, timed(dispatch, args.seconds), room, 3)
+        yield Timed(dispatch, room, functools.partial(figures, "train", compiled, compile_seconds, room, 3))
+
+
+def machine_peaks(dtype) -> tuple[float, float]:
+    """FLOP/s of a large matrix product in `dtype`, and bytes/s that a large copy reads and writes."""
+    import jax
+    import jax.numpy as jnp
+
+    on_cpu = jax.default_backend() == "cpu"
+    size = 4096 if on_cpu else 8192
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    flops = 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(matrix)), 1.0)
+    array = jnp.zeros((64 if on_cpu else 512) << 20, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return flops, 2 * array.nbytes / median_seconds(lambda: jax.block_until_ready(copy(array)), 1.0)
 
 
 def compile_timed(function, *arguments):
@@ -136,7 +169,7 @@ def compile_timed(function, *arguments):
 
 
 def theirs(args):
-    """Measures PyTorch's steps, in the variant of args.only. Yields as `ours` does."""
+    """PyTorch's steps, in the variant of args.only. Yields as `ours` does."""
     import torch
 
     from benchmarks.torch_nets import torch_net, train_step
@@ -155,11 +188,13 @@ def theirs(args):
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, weight_decay=1e-4, nesterov=True, fused=cuda or None)
 
     def infer():
+        net.eval()
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             called(images)
         wait()
 
     def train():
+        net.train()
         for _ in range(repeat):
             train_step(called, optimizer, images, labels, dtype)
         wait()
@@ -168,16 +203,9 @@ def theirs(args):
         if cuda:
             torch.cuda.synchronize()
 
-    repeat = 10 if cuda else 1
-    for what in args.what:
-        net.train(what == "train")
-        step, steps, passes = (train, repeat, 3) if what == "train" else (infer, 1, 1)
-        began = time.perf_counter()
-        step()
-        compile_seconds = time.perf_counter() - began
-        seconds = timed(step, args.seconds)
+    def figures(what, compile_seconds, steps, passes, seconds):
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        yield {
+        return {
             "implementation": args.only,
             "what": what,
             "images_per_second": args.batch * steps / seconds,
@@ -189,6 +217,14 @@ def theirs(args):
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
 
+    repeat = 10 if cuda else 1
+    for what in args.what:
+        call, steps, passes = (train, repeat, 3) if what == "train" else (infer, 1, 1)
+        began = time.perf_counter()
+        call()
+        compile_seconds = time.perf_counter() - began
+        yield Timed(call, steps, functools.partial(figures, what, compile_seconds, steps, passes))
+
 
 def main():
     """Runs every implementation that is installed and prints the table."""
@@ -199,24 +235,23 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--what", nargs="+", default=["inference", "train"], choices=["inference", "train"])
     parser.add_argument("--implementations", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
-    parser.add_argument("--seconds", type=float, default=10.0, help="to time each")
+    parser.add_argument("--seconds", type=float, default=10.0, help="to time each, over all its turns")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="all are in memory between turns; 1: one after the other, each alone"
+    )
     parser.add_argument("--json", help="append the figures to this file, an object a line")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.size = args.size or (32 if "cifar" in args.net else 224)
     if args.only:
         args.batch = args.batch[0]
-        for figures in (ours if args.only == "resattn_jax" else theirs)(args):
-            print(json.dumps(figures), flush=True)
+        take_turns(list((ours if args.only == "resattn_jax" else theirs)(args)))
         return
     rows = []
+    names = [name for name in args.implementations if is_installed(name)]
     for batch in args.batch:
-        for name in args.implementations:
-            library = "jax" if name == "resattn_jax" else "pytorchcv"
-            if importlib.util.find_spec(library) is None or importlib.util.find_spec(name.split()[0]) is None:
-                print(f"{name}: {library} is not installed; left out", file=sys.stderr)
-                continue
-            for figures in measure(name, batch, args):
+        for together in [names] if args.turns > 1 else [[name] for name in names]:
+            for figures in measure(together, batch, args):
                 rows.append({"net": args.net, "size": args.size, "batch": batch, "dtype": args.dtype, **figures})
                 if args.json:
                     with open(args.json, "a") as file:
@@ -224,16 +259,45 @@ def main():
     print_table(rows)
 
 
-def measure(name, batch, args):
-    """The figures of one implementation, from a process of its own; none, with a word, when it fails."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--only", name, "--net", args.net]
-    command += ["--size", str(args.size), "--batch", str(batch), "--dtype", args.dtype, "--seconds", str(args.seconds)]
-    command += ["--what", *args.what]
+def is_installed(name: str) -> bool:
+    """Whether an implementation can run here; says so where it cannot."""
+    needed = ("jax",) if name == "resattn_jax" else ("torch", "pytorchcv")
+    missing = [library for library in needed if importlib.util.find_spec(library) is None]
+    if missing:
+        print(f"{name}: {' and '.join(missing)} not installed; left out", file=sys.stderr)
+    return not missing
+
+
+def take_turns(measured: list[Timed]) -> None:
+    """Runs in a process of its own: a turn for each line of standard input, of so many seconds; then the figures."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        for timed in measured:
+            timed.turn(float(line))
+        print("ready", flush=True)
+    for timed in measured:
+        print(json.dumps(timed.figures(statistics.median(timed.seconds))), flush=True)
+
+
+def measure(names: list[str], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures of the implementations, each in a process of its own; a word on those that fail instead."""
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{name}, batch {batch}: ended with status {done.returncode}", file=sys.stderr)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    processes = {}
+    for turn in range(args.turns + 1):  # the first is the start, with its compilation
+        for name in names:
+            if turn == 0:
+                command = [sys.executable, "-m", "benchmarks.train_step", "--only", name, "--net", args.net]
+                command += ["--size", str(args.size), "--batch", str(batch), "--dtype", args.dtype]
+                command += ["--what", *args.what]
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                processes[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
+            elif name in processes:
+                processes[name].stdin.write(f"{args.seconds / args.turns}\n")
+                processes[name].stdin.flush()
+            if name in processes and processes[name].stdout.readline() != "ready\n":
+                print(f"{name}, batch {batch}: ended with status {processes.pop(name).wait()}", file=sys.stderr)
+    lines = "".join(process.communicate()[0] for process in processes.values())
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def print_table(rows):

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax.data.augment import augment, mix, normalize, recolor
 from resattn_jax.metrics import Metrics
+from resattn_jax.runtime import compiler_options
 
 
 @flax.struct.dataclass
@@ -200,7 +201,7 @@ def make_train_steps(
     spread = jax.shard_map(
         steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P()), out_specs=(P(), P()), check_vma=False
     )
-    return jax.jit(spread, donate_argnums=0)
+    return jax.jit(spread, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def predict(model: nn.Module, recipe: Recipe, variables: Any, images: jax.Array) -> jax.Array:
@@ -230,4 +231,4 @@ def make_eval_step(
         return jax.lax.psum(Metrics.from_logits(logits, labels, mask), "data")
 
     spread = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(), check_vma=False)
-    return jax.jit(spread)
+    return jax.jit(spread, compiler_options=compiler_options(mesh))

@@ -1,10 +1,12 @@
 """What is counted in a compiled TPU program, on programs small enough to count by hand."""
 
+import importlib
 import re
 
+import jax
 import pytest
 
-from benchmarks.compiled import arrays, count_all_reduces, hbm_traffic, largest
+from benchmarks.compiled import arrays, compile_step, count_all_reduces, hbm_traffic, largest
 
 TYPES = {
     "MAP": "bf16[128,8,8,32]{0,3,2,1:T(8,128)(2,1)}",
@@ -160,3 +162,13 @@ def test_a_loop_of_known_length_is_multiplied_out():
 def test_of_a_dispatch_of_many_steps_one_is_counted():
     text = in_a_loop("get-tuple-element(%c), index=1")
     assert sum(size for size, _ in hbm_traffic(text)) == ROW + ROW
+
+
+@pytest.mark.parametrize("name", ["cifar10_ra92", "imagenet_ra56"])
+def test_the_step_of_a_config_is_compiled_without_its_data(name, monkeypatch):
+    """A resident and a streamed set. Here for two CPU devices, where the compiler joins no all-reduces."""
+    monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.model.name, config.batch_size = "ra_tiny", 4
+    compiled, _ = compile_step(config, jax.devices()[:2])
+    assert count_all_reduces(compiled.as_text()) > 0
