@@ -3,6 +3,7 @@
 python main.py --config=FILE [--mode=train|evaluate|show_data|…] [--workdir=DIR] [--config.key=value ...]
 """
 
+import os
 import pathlib
 import re
 import sys
@@ -18,6 +19,7 @@ from resattn_jax.errors import Interrupted, RunError, UsageError
 BEGAN = time.perf_counter()  # all that takes long to import is imported later
 
 DEFAULT_CONFIG = "configs/digits.py"
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
@@ -74,6 +76,18 @@ def main(argv: list[str]) -> None:
             print(export_torch(config, workdir, FLAGS.checkpoint, FLAGS.torch_checkpoint))
 
 
+def use_large_pages() -> None:
+    """Starts the program again, once, with a C library that asks the system for pages of 2 MB where it asks for much.
+
+    On the CPU the temporaries of a step are one piece of memory, 2.5 GB for ra92_cifar and 64 images, mapped anew for
+    every step; in pages of 4 kB that alone takes a fifth of it. glibc reads the setting when a process starts, other C
+    libraries pass it over, and one that is set already is left alone.
+    """
+    if sys.platform == "linux" and not LARGE_PAGES.keys() & os.environ.keys():
+        os.environ.update(LARGE_PAGES)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def parse(argv: list[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
     """The config and the workdir the command line asks for. Raises UsageError for whatever it cannot mean."""
     app.define_help_flags()
@@ -118,6 +132,7 @@ def _exit(message: object, status: int) -> None:
 
 
 if __name__ == "__main__":
+    use_large_pages()
     try:
         main(sys.argv)
     except UsageError as error:

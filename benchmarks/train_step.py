@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from main import LARGE_PAGES
+
 CLASSES = {32: 10}  # else 1000
 IMPLEMENTATIONS = ("resattn_jax", "torch eager", "torch channels_last", "torch compile")
 
@@ -76,20 +78,17 @@ def spec_and_counts(args):
 
 def ours(args):
     """This project's steps, compiled: yields one Timed for inference and one for training."""
-    from resattn_jax import runtime
-
-    runtime.keep_freed_memory()  # as a run does
-
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     from resattn_jax.data.resident import Resident
+    from resattn_jax.runtime import make_mesh
     from resattn_jax.train_step import Recipe, create_state, make_eval_step, make_train_steps
 
     model, _, multiply_adds = spec_and_counts(args)
-    mesh = runtime.make_mesh(jax.devices()[:1])
+    mesh = make_mesh(jax.devices()[:1])
     device, on_cpu = jax.devices()[0], jax.default_backend() == "cpu"
     recipe = Recipe(0, np.zeros(1), np.ones(1), 0, False, 0.0, 0, 0.0, None)
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(1e-3, momentum=0.9, nesterov=True))
@@ -281,7 +280,6 @@ def take_turns(measured: list[Timed]) -> None:
 
 def measure(names: list[str], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of the implementations, each in a process of its own; a word on those that fail instead."""
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     processes = {}
     for turn in range(args.turns + 1):  # the first is the start, with its compilation
         for name in names:
@@ -289,6 +287,9 @@ def measure(names: list[str], batch: int, args: argparse.Namespace) -> list[dict
                 command = [sys.executable, "-m", "benchmarks.train_step", "--only", name, "--net", args.net]
                 command += ["--size", str(args.size), "--batch", str(batch), "--dtype", args.dtype]
                 command += ["--what", *args.what]
+                environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+                if name == "resattn_jax":
+                    environment |= LARGE_PAGES  # as main.py runs
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
                 processes[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
             elif name in processes:

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh
 from resattn_jax.errors import RunError, reason
 
 LOST_AFTER = 30  # seconds without a sign of life from a process until JAX ends the others
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 _START_AGAIN = (
     "most likely another process of the run died. Start them all again: the run goes on from its newest checkpoint"
 )
@@ -33,7 +32,6 @@ def initialize(
     the first, how many there are, and which one it is. When one of them dies, the others end too, with status 1.
     Call before anything else uses JAX.
     """
-    keep_freed_memory()
     waits = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LOST_AFTER}
     if coordinator_address:
         jax.distributed.initialize(coordinator_address, num_processes, process_id, **waits)
@@ -45,20 +43,6 @@ def initialize(
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next allocation, where it would give large pieces back to the system.
-
-    On the CPU the temporaries of a step are one piece, 2.5 GB for ra92_cifar and 64 images, and having each of their
-    pages mapped and zeroed anew takes a fifth of the step. Call before JAX starts its threads; other C libraries are
-    left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_ARENA_MAX, 1)  # only the main arena can grow without mmap
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 @functools.cache

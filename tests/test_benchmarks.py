@@ -1,13 +1,11 @@
 """The benchmarks run, and their figures fit together; how fast anything is decides no test."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
+from conftest import ROOT
 
 
 def test_train_step_writes_its_figures(tmp_path):

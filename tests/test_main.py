@@ -1,6 +1,7 @@
 """The command line, run as a person runs it: exit statuses, one-line errors, stopping and going on."""
 
 import json
+import pathlib
 import re
 import signal
 import subprocess
@@ -167,3 +168,30 @@ runpy.run_path("main.py", run_name="__main__")
         assert (
             "raise config.accumulate (now 1) or lower config.batch_size, or set config.model.remat=True" in done.stderr
         )
+
+
+# Takes 256 MB twice, as a step's temporaries are taken, and says how many pages the system had to bring then.
+ALLOCATE = """
+import resource
+import main
+
+if {large}:
+    main.use_large_pages()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    bytearray(256 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_comes_in_large_pages():
+    setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("this system does not give out large pages to those who ask for them")
+    pages = []
+    for large in False, True:
+        command = [sys.executable, "-c", ALLOCATE.format(large=large)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        pages.append(int(done.stdout))
+    assert pages[0] > 2 * (256 << 20) // 4096
+    assert pages[1] < pages[0] / 50  # a page of 2 MB is 512 of 4 kB

@@ -1,51 +1,11 @@
 """The settings of the machine a run is on."""
 
-import subprocess
-import sys
 import types
 
 import jax
 import numpy as np
-import pytest
 
 from resattn_jax import runtime
-
-LIBC = """
-import ctypes, sys
-sys.exit(not hasattr(ctypes.CDLL(None), "mallopt"))
-"""
-
-# A thread of a pool, as XLA's, takes 256 MB twice; how many pages the system has to bring the second time.
-ALLOCATE = """
-import concurrent.futures, resource, sys
-import numpy as np
-from resattn_jax import runtime
-
-if sys.argv[1] == "keep":
-    runtime.keep_freed_memory()
-
-def pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.empty(256 << 20, np.uint8).fill(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    first, second = pool.submit(pages).result(), pool.submit(pages).result()
-print(second)
-"""
-
-
-def pages_of_the_second_allocation(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", ALLOCATE, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def test_freed_memory_is_used_again():
-    if subprocess.run([sys.executable, "-c", LIBC]).returncode:
-        pytest.skip("this C library has no mallopt")
-    without, kept = map(pages_of_the_second_allocation, ("default", "keep"))
-    assert without >= (256 << 20) // (2 << 20)  # a page is 4 kB, or 2 MB where the system has large ones
-    assert kept < 10
 
 
 def test_the_options_of_the_cpu_leave_convolutions_to_eigen_and_change_no_result():
