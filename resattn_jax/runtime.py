@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from resattn_jax.errors import RunError, reason
 
@@ -103,15 +104,18 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """What `jax.jit` tells XLA about the programs of a step on these devices; None: nothing.
 
     On the CPU XLA gives sums, products and convolutions to YNNPACK. For sums that is right; its convolutions take up to
-    twice the time of Eigen's, their weight gradients 2 to 17 times. An XLA without this option keeps its defaults.
+    twice the time of Eigen's, their weight gradients 2 to 17 times. On TPUs maps are brought to the chip whole instead
+    of in slices, which moves 5 % fewer bytes. An XLA without the option keeps its defaults.
     """
-    if mesh.devices.flat[0].platform != "cpu":
-        return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # no such option
-        return None
+    options = {
+        "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+        "tpu": {"xla_tpu_sliced_prefetch_max_slices": "1"},
+    }.get(mesh.devices.flat[0].platform)
+    if options:
+        try:
+            jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, P()), compiler_options=options).lower().compile()
+        except jax.errors.JaxRuntimeError:  # no such option
+            return None
     return options
 
 

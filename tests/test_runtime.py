@@ -29,7 +29,7 @@ def test_the_options_of_the_cpu_leave_convolutions_to_eigen_and_change_no_result
     assert in_a_fusion_for_ynnpack == [True, False]
 
 
-def test_accelerators_and_an_xla_without_the_option_have_none(monkeypatch):
+def test_gpus_and_an_xla_without_the_option_have_none(monkeypatch):
     gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
     assert runtime.compiler_options.__wrapped__(gpu) is None
 
