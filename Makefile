@@ -11,19 +11,20 @@ demo: .venv/installed  ## trains on a data set that is on board and prints the a
 test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
-lint: .venv/installed-lint  ## style and formatting
+lint: .venv/installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-torch: .venv/installed-torch  ## installs PyTorch, so that `make test` compares with it
+torch: .venv/installed-torch .venv/installed-pytorchcv  ## installs PyTorch, so that `make test` compares with it
 
 constraints:  ## newest versions into constraints.txt (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	    --extra prepare --extra test --extra lint setup.py --output-file constraints.txt
-	echo torch==2.13.0 >> constraints.txt
+	printf '%s\n' torch==2.13.0 pytorchcv==0.0.74 >> constraints.txt
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,4 +33,8 @@ clean:
 
 .venv/installed-%: .venv/installed
 	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+.venv/installed-pytorchcv: .venv/installed  # without torchvision, which its residual attention nets do not need
+	$(INSTALL) --no-deps pytorchcv
 	touch $@

@@ -4,15 +4,17 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
+INIT = (HERE / "resattn_jax/__init__.py").read_text(encoding="utf-8")
 
 setup(
     name="resattn_jax",
-    version=re.search(r'__version__ = "(.*)"', (HERE / "resattn_jax/__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.*)"', INIT)[1],
     description="Residual Attention Networks (Wang et al., CVPR 2017) in JAX and Flax, for TPU and GPU",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["resattn_jax*"]),
+    packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
+    package_data={"resattn_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -41,6 +43,6 @@ setup(
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
         "test": ["psutil", "pytest", "pytest-xdist"],
-        "lint": ["ruff"],
+        "lint": ["mypy", "ruff"],
     },
 )

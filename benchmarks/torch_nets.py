@@ -1,8 +1,10 @@
-"""The double-skip nets in PyTorch, out of pytorchcv's blocks, to measure against: an independent implementation.
+"""The double-skip nets in PyTorch: an independent implementation to measure against, made of pytorchcv's blocks.
 
-pytorchcv has the ImageNet nets alone. The 32-pixel ones are put together here from the same blocks; the number of
+pytorchcv itself has the ImageNet nets only; the 32-pixel ones are built here from the same blocks. The number of
 parameters is checked, so that what is timed is the net of that name.
 """
+
+from __future__ import annotations
 
 import torch
 from pytorchcv.models.resattnet import (
@@ -15,11 +17,11 @@ from pytorchcv.models.resattnet import (
 )
 from torch import nn
 
-from resattn_jax.models.network import Spec
+from resattn_jax.models.nets import Spec
 
 
 class FlatAttention(nn.Module):
-    """An attention module of depth 0, which pytorchcv does not have: the mask branch keeps the map's size."""
+    """An attention module of depth 0, which pytorchcv lacks: its mask branch keeps the size of the map."""
 
     def __init__(self, features: int, spec: Spec):
         super().__init__()
@@ -28,16 +30,16 @@ class FlatAttention(nn.Module):
         self.mask = nn.Sequential(ResBlockSequence(features, features, 2 * spec.r), MiddleAttBlock(features))
         self.last = ResBlock(features, features)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
         trunk = self.trunk(x)
         return self.last((1 + self.mask(x)) * trunk)
 
 
 def torch_net(spec: Spec, num_classes: int, parameters: int) -> nn.Module:
-    """The net of `spec`, images [B, 3, H, W] -> logits [B, num_classes]. parameters: how many it must have.
+    """The net of `spec`: images [B, 3, H, W] -> logits [B, num_classes]. parameters: the number it must have.
 
-    Raises ValueError for a spec that pytorchcv's blocks do not make.
+    Raises ValueError for a spec that pytorchcv's blocks cannot build.
     """
     if (spec.wiring, spec.unit, spec.last) != ("double_skip", "preact", 1):
         raise ValueError("pytorchcv's nets have the double-skip wiring, pre-activation units and one unit at the end")
@@ -70,8 +72,10 @@ def torch_net(spec: Spec, num_classes: int, parameters: int) -> nn.Module:
     return net
 
 
-def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, images, labels, dtype: torch.dtype):
-    """One step of SGD; bfloat16 by autocast. Returns the loss, on the device."""
+def train_step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Does one step of SGD, with autocast for bfloat16, and returns the loss on the device."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = nn.functional.cross_entropy(net(images), labels)

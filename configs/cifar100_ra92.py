@@ -5,10 +5,12 @@
 160k steps of 64 images, less the mean image. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.total_steps = 160_000
     c.model.name = "ra92_cifar"

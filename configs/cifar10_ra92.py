@@ -5,10 +5,12 @@
 That figure is of the best epoch on the test set. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.total_epochs = 300.0
     c.model.name = "ra92_cifar"

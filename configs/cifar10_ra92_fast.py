@@ -6,10 +6,12 @@ On one H100 that took 17.5 minutes in two runs, 13.5 of them training. Batch 512
 images (Goyal et al., 2017). The last epochs see the images unmixed.
 """
 
+import ml_collections
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.batch_size = 512
     c.total_epochs = 200.0

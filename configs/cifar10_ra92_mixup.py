@@ -5,10 +5,12 @@
 320 epochs, mixup in all but the last 20. That figure is of the best epoch on the test set. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import cifar10_ra92
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = cifar10_ra92.get_config()
     c.total_epochs = 320.0
     c.augment.mixup_alpha = 1.0

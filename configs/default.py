@@ -65,7 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.label_smoothing = 0.0
 
-    c.optimizer = ml_collections.ConfigDict()  # SGD
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.name = "sgd"  # sgd | lars: for batches beyond 8,192
     c.optimizer.momentum = 0.9
     c.optimizer.nesterov = True
     c.optimizer.weight_decay = 1e-4

@@ -3,10 +3,12 @@
 make demo        (python main.py --config=configs/digits.py)
 """
 
+import ml_collections
+
 from configs import default
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.total_epochs = 40.0
     c.batch_size = 64

@@ -7,10 +7,12 @@ the net will see: --mode=show_data. A few thousand pictures are too few to start
 ImageNet with --config.init_from=WORKDIR and a lower --config.schedule.learning_rate.
 """
 
+import ml_collections
+
 from configs import default, imagenet_ra56
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.batch_size = 64
     c.total_epochs = 90.0

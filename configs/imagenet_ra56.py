@@ -7,12 +7,14 @@ step makes 26 epochs, 256 makes 106. 256 and 1e-4 are a user's of the authors' n
 Ours: not run yet. `--mode=prepare` turns the two archives of ImageNet into what is read here (docs/data.md).
 """
 
+import ml_collections
+
 from configs import default
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels, as published nets have them
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.batch_size = 256
     c.total_steps = 530_000

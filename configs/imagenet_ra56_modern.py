@@ -5,10 +5,12 @@
 100 epochs, batch 1024 at a rate of 0.4 (0.1 for each 256 images, Goyal et al., 2017). Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import imagenet_ra56
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = imagenet_ra56.get_config()
     c.batch_size = 1024
     c.total_steps, c.total_epochs = None, 100.0

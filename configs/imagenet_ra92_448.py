@@ -5,10 +5,12 @@
 Nobody has published a figure for it. What the paper leaves out is filled in as in imagenet_ra56. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import imagenet_ra56
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = imagenet_ra56.get_config()
     c.model.name = "ra92_448"
     c.data.image_size = 448

@@ -5,10 +5,12 @@
 What the paper leaves out is filled in as in imagenet_ra56. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import imagenet_ra56
 
 
-def get_config():
+def get_config() -> ml_collections.ConfigDict:
     c = imagenet_ra56.get_config()
     c.model.name = "ranext56"
     return c

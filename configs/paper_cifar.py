@@ -13,13 +13,16 @@ Batch 64, 160,000 iterations, Nesterov momentum 0.9, weight decay 1e-4, rate 0.1
 zero-padded by 4, random crop, flip, per-pixel mean subtracted; He initialisation. Ours: not run yet.
 """
 
+import ml_collections
+
 from configs import default
 
 OPTIONS = ("data", "net", "learning", "attention", "mask", "noise")
 
 
-def get_config(variant: str = ""):
-    options = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in variant.split(",") if pair)
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    pairs = (pair.partition("=") for pair in variant.split(",") if pair)
+    options = {key: value for key, _, value in pairs}
     for key, value in options.items():
         if key not in OPTIONS or not value:
             raise ValueError(f"paper_cifar.py takes NAME=VALUE with {', '.join(OPTIONS)}, not {key!r}")

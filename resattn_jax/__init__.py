@@ -1,3 +1,25 @@
-"""Residual Attention Networks (Wang et al., CVPR 2017) in JAX and Flax."""
+"""Residual Attention Networks (Wang et al., CVPR 2017) in JAX and Flax.
 
-__version__ = "0.1.0"
+load: opens a trained net. create_model, model_names: the nets. Importing the package imports no JAX; using these does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resattn_jax.classifier import Classifier, load
+    from resattn_jax.models import create_model, model_names
+
+__version__ = "0.2.0"
+__all__ = ["Classifier", "create_model", "load", "model_names"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Classifier", "load"):
+        from resattn_jax import classifier
+
+        return getattr(classifier, name)
+    if name in ("create_model", "model_names"):
+        from resattn_jax import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,161 +1,411 @@
 """Checkpoints of a run. The only module that knows Orbax.
 
-A checkpoint holds four items: `model` (params and batch_stats), `ema` (the same, when there is one), `optimizer`
-(step and optimizer state) and `progress` (plain JSON). Measuring or fine-tuning reads the first two alone.
+A checkpoint is a folder named by its step, with these items: `model` (params and batch_stats), `ema` (the same, when
+there is one), `optimizer` (step and optimizer state), `progress` (plain JSON) and `checksums` (of all of these, made
+from what was to be written). Measuring or fine-tuning reads the first two alone.
+
+The state is the same on every device, so the first host writes it by itself, in a thread of its own, and every host
+reads for itself: no host waits for another. What was written is read again before it counts, and only then do older
+checkpoints go. A checkpoint that cannot be read is no end: the run goes on from the one before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
 import pathlib
-from typing import Any
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from etils import epath
+from orbax.checkpoint.options import MultiprocessingOptions
 
-from resattn_jax.errors import UsageError
-from resattn_jax.train_step import TrainState
+from resattn_jax.checksums import Damaged, check_finite, checksums, compare, json_checksum, named
+from resattn_jax.errors import RunError, UsageError, reason
+from resattn_jax.metrics import by_rank
+from resattn_jax.state import Progress, TrainState
+
+ARRAYS = ("model", "ema", "optimizer")
+_CUT_OFF = re.compile(r"\.orbax-checkpoint-tmp|\.deleted\d*$")  # of a save or a deletion
+T = TypeVar("T")
 
 
-def _top1(metrics: dict[str, float]) -> float:
-    return metrics["top1"]
+class Reader:
+    """The checkpoints in a folder, to be read; nothing is written. Use it as a context manager.
 
-
-class Checkpoints:
-    """The checkpoints under workdir/checkpoints, written in the background. Use it as a context manager.
-
-    Kept are the newest `keep_newest` and the best `keep_best` by top-1, of those that were saved with metrics.
-    must_exist: raise UsageError when there is no such folder rather than make it.
+    say: told a sentence when a damaged checkpoint is passed over.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep_newest: int = 2, keep_best: int = 1, must_exist: bool = False):
-        best = BestN(get_metric_fn=_top1, n=keep_best, keep_checkpoints_without_metrics=False)
-        self.folder = (workdir / "checkpoints").absolute()  # Orbax takes no relative path
-        if must_exist and not self.folder.is_dir():
-            raise UsageError(f"there is no checkpoint in {self.folder}; train first, or choose another --workdir")
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("model", "ema", "optimizer")}
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers={**handlers, "progress": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(keep_newest), best]),
-                best_fn=_top1,
-            ),
-        )
+    def __init__(self, folder: epath.PathLike, say: Callable[[str], None] = print):
+        """Raises UsageError when there is no such folder."""
+        self.folder, self._say = epath.Path(folder).absolute(), say  # Orbax takes no relative path
+        if not self.folder.is_dir():
+            raise self._nothing()
+        self._checkpointer, self._plain = _checkpointer(), _plain_name(self.folder)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()
 
     def steps(self) -> list[int]:
         """The steps there is a checkpoint of, in order."""
-        return sorted(self._manager.all_steps())
+        try:
+            return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be read: {reason(error)}") from error
 
-    def save(self, state: TrainState, progress: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Starts to write the state and returns. A step that is already there is left as it is.
+    def find(self, which: str, *, or_newest: bool = False) -> list[int]:
+        """The steps that "newest", "best" or a number asks for: the first is meant, the others stand in for it.
 
-        progress: JSON values that go on with the run; metrics: {"top1": …, …} if the step was evaluated.
+        or_newest: the newest is the best where none was evaluated. Raises UsageError when there is none, listing what
+        is.
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        items = {
-            "model": ocp.args.StandardSave(state.variables),
-            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "progress": ocp.args.JsonSave(progress),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
-
-    def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
-
-    def find(self, which: str) -> int:
-        """The step called "newest", "best" or a number. Raises UsageError when there is none, listing what is."""
         steps = self.steps()
         if not steps:
-            raise UsageError(f"there is no checkpoint in {self.folder}; train first, or choose another --workdir")
+            raise self._nothing()
         if which == "newest":
-            return steps[-1]
+            return steps[::-1]
         if which == "best":
-            best = self._manager.best_step()
-            if best is None:
+            ranked = by_rank({step: self._metrics(step) for step in steps})
+            if not ranked and not or_newest:
                 raise UsageError(f"no checkpoint in {self.folder} was evaluated, so none is the best")
-            return best
-        if not which.isdigit() or int(which) not in steps:
+            return ranked or steps[::-1]
+        if not (which.isascii() and which.isdigit()) or int(which) not in steps:
             there = ", ".join(map(str, steps))
             raise UsageError(f"there is no checkpoint {which!r} in {self.folder}; there are newest, best, {there}")
-        return int(which)
+        return [int(which)]
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def first_readable(self, steps: list[int], read: Callable[[int], T]) -> tuple[int, T]:
+        """(step, what `read(step)` gives) of the first that is not damaged; those that are are told of.
+
+        Raises UsageError when all are.
+        """
+        told = []
+        for step in steps:
+            try:
+                return step, read(step)
+            except Damaged as error:
+                told.append(f"the checkpoint {self.folder / str(step)} cannot be used: {error}")
+                if (self.folder / str(step)).exists():  # else a run beside has just deleted it
+                    self.set_aside(step, told[-1])
+        raise UsageError(told[-1] + ("" if len(steps) == 1 else "; none of the others can either"))
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Tells of a damaged checkpoint."""
+        self._say(why)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
         """The state of `step` and the progress saved with it.
 
         like: shapes, dtypes and shardings to restore into, so that it may be other devices than those that wrote it.
-        Raises UsageError naming the first weights that differ when the checkpoint is of another model.
+        Raises UsageError naming the first weights that differ when the checkpoint is of another model, and Damaged.
         """
         wanted = {"model": like.variables, "optimizer": {"step": like.step, "opt_state": like.opt_state}}
         if like.ema is not None:
             wanted["ema"] = like.ema
-        self._check(step, wanted)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        got = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+        got = self._read(step, wanted, progress=True)
         model, optimizer = got["model"], got["optimizer"]
-        state = like.replace(
+        state = dataclasses.replace(
+            like,
             step=optimizer["step"],
             params=model["params"],
             batch_stats=model["batch_stats"],
             opt_state=optimizer["opt_state"],
             ema=got["ema"] if like.ema is not None else None,
         )
-        return state, got["progress"]
+        return jax.tree.map(_onto_devices, state, like), got["progress"]
 
-    def save_model(self, step: int, variables: dict[str, Any]) -> None:
-        """Writes variables alone, as a checkpoint to measure or to start another run from."""
-        self._manager.save(step, args=ocp.args.Composite(model=ocp.args.StandardSave(variables)))
-
-    def read_eval_variables(self, step: int, like: dict[str, Any] | None = None) -> dict[str, Any]:
+    def read_eval_variables(self, step: int, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The variables that are measured: the moving average if the checkpoint has one, else the model's own.
 
-        like: shapes, dtypes and shardings to restore into; None: as they are, on one device. Raises UsageError naming
-        the first weights that differ when the checkpoint is of another model.
+        like: shapes, dtypes and shardings to restore into; None: as they are, NumPy arrays. Raises UsageError naming
+        the first weights that differ when the checkpoint is of another model, RunError naming weights that are not
+        finite, and Damaged.
         """
         item = "ema" if (self.folder / str(step) / "ema").exists() else "model"
-        if like is None:
-            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            saved = dict(self._manager.item_metadata(step)[item])
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), saved)
-        else:
-            self._check(step, {item: like})
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+        got = self._read(step, {item: like})[item]
+        check_finite(got, f"the checkpoint {self.folder / str(step)}")
+        return got if like is None else jax.tree.map(_onto_devices, got, dict(like))
 
-    def _check(self, step: int, wanted: dict[str, Any]) -> None:
-        saved = self._manager.item_metadata(step)
-        for item, tree in wanted.items():
-            if saved.get(item) is None:
-                raise UsageError(
-                    f"the checkpoint {self.folder / str(step)} has no item {item!r}, so no run can go on from it;"
-                    " start a new one from its weights: --config.init_from and another --workdir"
-                )
-            there, here = _shapes(saved[item]), _shapes(tree)
-            differing = [k for k in there.keys() | here.keys() if there.get(k) != here.get(k)]
-            if differing:
-                first = min(differing, key=lambda k: (not k.startswith("params/"), k))
-                raise UsageError(
-                    f"the checkpoint {self.folder / str(step)} does not fit the model: {len(differing)} weights differ,"
-                    f" first {first}: {there.get(first, 'absent')} in the checkpoint, {here.get(first, 'absent')} in"
-                    " the model; is it another config's?"
-                )
+    def _metrics(self, step: int) -> Mapping[str, Any] | None:
+        """The metrics a step was saved with; None where there are none, or they are not what was written."""
+        if not (self.folder / str(step) / "metrics").exists():
+            return None
+        try:
+            metrics, sums = self._read_json(step, "metrics"), self._checksums(step)
+        except Exception:  # told of when the step is read
+            return None
+        if metrics and sums is not None and sums.get("metrics") != json_checksum(metrics):
+            self._say(f"the metrics in {self.folder / str(step)} are damaged, so that it cannot be the best")
+            return None
+        return metrics
+
+    def _checksums(self, step: int) -> dict[str, Any] | None:
+        """What `checksums` gave when the step was written; None in a checkpoint older than these."""
+        if not (self.folder / str(step) / "checksums").exists():
+            return None
+        sums = self._read_json(step, "checksums")
+        if not isinstance(sums, dict):
+            raise Damaged("its checksums are damaged")
+        return sums
+
+    def _read_json(self, step: int, item: str) -> Any:
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        return self._checkpointer.restore(self._plain / str(step), args=args)[item]
+
+    def _read(self, step: int, wanted: Mapping[str, Any], *, progress: bool = False) -> dict[str, Any]:
+        """The items as NumPy trees like those wanted, or as they are for None. Raises Damaged and UsageError."""
+        try:
+            saved = self._checkpointer.metadata(self._plain / str(step)).item_metadata
+            sums = self._checksums(step)
+            for item, like in wanted.items():
+                self._check_item(step, item, saved.get(item), sums)
+                if like is not None:
+                    self._check_shapes(step, saved[item], like)
+            like_saved = {item: dict(saved[item]) if like is None else like for item, like in wanted.items()}
+            args = {n: ocp.args.StandardRestore(jax.tree.map(_template, tree)) for n, tree in like_saved.items()}
+            if progress:
+                args["progress"] = ocp.args.JsonRestore()
+            got = dict(self._checkpointer.restore(self._plain / str(step), args=ocp.args.Composite(**args)))
+            if sums is not None:
+                compare({name: sums.get(name) for name in got}, _sums(got))
+            return {**got, "progress": Progress.from_plain(got["progress"])} if progress else got
+        except (UsageError, Damaged):
+            raise
+        except Exception as error:  # Orbax, TensorStore and JSON raise nearly everything on a broken file
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # where Orbax leaves the errors of other files
+            raise Damaged(_short(error)) from error
+
+    def _check_item(self, step: int, item: str, saved: Any, sums: Mapping[str, Any] | None) -> None:
+        there = [path.name for path in (self.folder / str(step)).iterdir()]
+        if not {"model", "ema", "optimizer", "progress"} & set(there):
+            raise Damaged("it holds nothing")
+        if sums and "ema" in sums and "ema" not in there:
+            raise Damaged("its item 'ema' is missing")
+        if saved is None and "progress" in there:  # a run's has them all
+            raise Damaged(f"its item {item!r} is missing")
+        if saved is None:
+            raise UsageError(
+                f"the checkpoint {self.folder / str(step)} has no item {item!r}, so no run can go on from it;"
+                " start a new one from its weights: --config.init_from and another --workdir"
+            )
+
+    def _check_shapes(self, step: int, saved: Any, tree: Any) -> None:
+        there, here = _shapes(saved), _shapes(tree)
+        differing = [k for k in there.keys() | here.keys() if there.get(k) != here.get(k)]
+        if differing:
+            first = min(differing, key=lambda k: (not k.startswith("params/"), k))
+            raise UsageError(
+                f"the checkpoint {self.folder / str(step)} does not fit the model: {len(differing)} weights differ,"
+                f" first {first}: {there.get(first, 'absent')} in the checkpoint, {here.get(first, 'absent')} in"
+                " the model; is it another config's?"
+            )
+
+    def _nothing(self) -> UsageError:
+        return UsageError(f"there is no checkpoint in {self.folder}; train first, or choose another --workdir")
+
+
+class Writer(Reader):
+    """The checkpoints in a folder, which is made. Use it as a context manager.
+
+    Kept are the newest `keep_newest` and the best `keep_best` by top-1, of those that were saved with metrics. Only the
+    first host writes; on the others saving does nothing.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep_newest: int = 2,
+        keep_best: int = 1,
+        say: Callable[[str], None] = print,
+    ):
+        """Raises UsageError when the folder cannot be made."""
+        self.folder, self._say = epath.Path(folder).absolute(), say
+        self._keep = keep_newest, keep_best
+        self._active = jax.process_index() == 0
+        self._thread: threading.Thread | None = None
+        self.saved: int | None = None  # the newest step that was written and read again
+        self.failure = ""  # why the last save failed
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._active:
+                self._remove_leftovers(say)
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be used: {reason(error)}; choose another --workdir") from error
+        self._checkpointer, self._plain = _checkpointer(), _plain_name(self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Tells of a damaged checkpoint and gives it another name, N.damaged."""
+        if self._active:
+            self._say(f"{why}; it is now called {self._rename(step, 'damaged').name}")
+
+    def save(self, state: TrainState, progress: Progress, metrics: Mapping[str, float] | None = None) -> None:
+        """Copies the state to the host, begins to write it, and returns; waits for the save before.
+
+        A step that is already there is left as it is. metrics: {"top1": …, …} if the step was evaluated. A save that
+        fails is told of, and leaves `saved` as it is.
+        """
+        step = int(state.step)
+        items = {"model": state.variables, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+        if state.ema is not None:
+            items["ema"] = state.ema
+        self._begin(step, items, progress, metrics)
+
+    def save_model(self, step: int, variables: Mapping[str, Any]) -> None:
+        """Writes variables alone, as a checkpoint to measure or to start another run from. Raises RunError."""
+        self._begin(step, {"model": variables}, None, None)
+        self.wait()
+        if self._active and self.saved != step:
+            raise RunError(self.failure)
+
+    def wait(self) -> None:
+        """Returns when the last save has ended, well or not."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _begin(
+        self, step: int, items: Mapping[str, Any], progress: Progress | None, metrics: Mapping[str, float] | None
+    ) -> None:
+        self.wait()
+        if not self._active or step == self.saved:
+            return
+        copies = {item: jax.tree.map(np.array, jax.device_get(tree)) for item, tree in items.items()}
+        plain = {} if progress is None else {"progress": progress.to_plain()}
+        arguments = step, copies, plain, None if metrics is None else dict(metrics)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(
+        self, step: int, arrays: dict[str, Any], plain: dict[str, Any], metrics: dict[str, float] | None
+    ) -> None:
+        """Runs in the thread: write, read again, then let older checkpoints go."""
+        try:
+            if step not in self.steps():
+                sums = _sums({**arrays, **plain, "metrics": metrics})
+                args = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
+                plain = {**plain, "checksums": sums} | ({"metrics": metrics} if metrics else {})
+                args |= {item: ocp.args.JsonSave(content) for item, content in plain.items()}
+                self._checkpointer.save(self._plain / str(step), args=ocp.args.Composite(**args))
+            self._read(step, dict.fromkeys(arrays), progress="progress" in plain)
+        except Exception as error:
+            self.failure = f"the checkpoint of step {step} could not be written: {_short(error)}"
+            self._say(f"{self.failure}; training goes on, and the next one is tried")
+            with contextlib.suppress(OSError):
+                if (self.folder / str(step)).exists():
+                    self._rename(step, "damaged")
+                self._remove_leftovers(lambda _: None)
+        else:
+            self.saved = step
+            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+                self._prune()
+
+    def _remove_leftovers(self, say: Callable[[str], None]) -> None:
+        """Removes what a save or a deletion left that was cut off."""
+        for path in self.folder.iterdir():
+            if _CUT_OFF.search(path.name):
+                say(f"{path.name}: what a process left that was ended is removed")
+                path.rmtree(missing_ok=True)
+
+    def _prune(self) -> None:
+        """Deletes what is neither among the newest nor among the best."""
+        infos = {step: self._metrics(step) for step in self.steps()}
+        newest, best = self._keep
+        kept = {*sorted(infos)[-newest:], *by_rank(infos)[:best]}
+        for step in infos.keys() - kept:
+            self._rename(step, "deleted").rmtree()
+
+    def _rename(self, step: int, why: str) -> epath.Path:
+        """Gives a step's folder a name that is no step's. Returns the new path."""
+        for number in range(1000):
+            path = self.folder / f"{step}.{why}{number or ''}"
+            if not path.exists():
+                return (self.folder / str(step)).rename(path)
+        raise OSError(f"{path} and those before are there already")
+
+
+# ---- Orbax.
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Orbax's, for this host alone: no host waits for another."""
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}")
+    handlers: dict[str, Any] = {
+        **{item: ocp.StandardCheckpointHandler(multiprocessing_options=alone) for item in ARRAYS},
+        "metrics": ocp.JsonCheckpointHandler("metrics", multiprocessing_options=alone),
+        **{item: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for item in ("progress", "checksums")},
+    }
+    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+    return ocp.Checkpointer(composite, multiprocessing_options=alone)
+
+
+def _plain_name(folder: epath.Path) -> epath.Path:
+    """A path to the folder of plain characters: Orbax takes its path for a pattern, and TensorStore for UTF-8.
+
+    Raises UsageError where there is no plain folder for the link.
+    """
+    if "://" in str(folder) or re.fullmatch(r"[\w./ +,=@~^-]+", str(folder), re.ASCII):
+        return folder
+    name = hashlib.blake2b(os.fsencode(folder), digest_size=12).hexdigest()
+    for place in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]):
+        links = epath.Path(place) / f"resattn_jax-{os.getuid()}"
+        try:
+            if not re.fullmatch(r"[\w./-]+", str(links), re.ASCII):
+                continue
+            links.mkdir(mode=0o700, exist_ok=True)
+            link = pathlib.Path(links / name)
+            if not link.is_symlink() or os.readlink(link) != os.fspath(folder):
+                link.unlink(missing_ok=True)
+                link.symlink_to(folder)
+            return epath.Path(link)
+        except OSError:
+            continue
+    raise UsageError(f"checkpoints cannot be kept in {folder} because of its name; choose another --workdir")
+
+
+def _is_step(path: epath.Path) -> bool:
+    """Whether a path is a checkpoint's folder, whole by its name; in a bucket, by its commit file."""
+    if not (path.name.isascii() and path.name.isdigit() and path.is_dir()):
+        return False
+    return "://" not in str(path) or (path / "commit_success.txt").exists()
+
+
+def _template(leaf: Any) -> np.ndarray:
+    """What Orbax restores an array like: NumPy's, without the memory."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _onto_devices(value: np.ndarray, like: Any) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
+def _sums(items: Mapping[str, Any]) -> dict[str, Any]:
+    """What the item `checksums` holds: {item: {name: checksum}}, or a checksum for an item that is plain JSON."""
+    return {item: checksums(tree) if item in ARRAYS else json_checksum(tree) for item, tree in items.items()}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """{'params/head/kernel': (64, 10), …}; a checkpoint's metadata and a tree of arrays give the same names."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(_key(k)) for k in path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in named(tree).items()}
 
 
-def _key(entry: Any) -> Any:
-    return next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
+def _short(error: BaseException) -> str:
+    text = reason(error)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,4 +1,9 @@
-"""The two kinds of fault a person is told of in one line, without a traceback."""
+"""The faults a person is told of in one line, without a traceback, and how such a line is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UsageError(Exception):
@@ -17,6 +22,12 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def nearest(word: object, words: Iterable[object]) -> str:
+    """' (did you mean …?)' when one of `words` is near `word`, else nothing."""
+    near = get_close_matches(str(word), [str(w) for w in words], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
-from resattn_jax.config import Durations, choose
+from resattn_jax.config import Durations
 
 
 def make_schedule(config: ml_collections.ConfigDict, durations: Durations) -> optax.Schedule:
     """config.schedule as a function: number of steps done -> learning rate of the next.
 
     After a linear warm-up from 0, "step" multiplies by `factor` at each boundary (counted from the run's start),
-    "cosine" and "linear" fall to 0 at the run's end. Raises UsageError for an unknown name or duration.
+    "cosine" and "linear" fall to 0 at the run's end.
     """
     s = config.schedule
-    name = choose("schedule.name", s.name, ("step", "cosine", "linear", "constant"))
     warmup = durations("schedule.warmup")
     rest = max(durations.total - warmup, 1)
-    if name == "step":
-        scales = {}
+    if s.name == "step":
+        scales: dict[int, float] = {}
         for boundary in durations("schedule.boundaries"):
             scales[boundary - warmup] = scales.get(boundary - warmup, 1.0) * s.factor
         main = optax.piecewise_constant_schedule(s.learning_rate, scales)
-    elif name == "cosine":
+    elif s.name == "cosine":
         main = optax.cosine_decay_schedule(s.learning_rate, rest)
-    elif name == "linear":
+    elif s.name == "linear":
         main = optax.linear_schedule(s.learning_rate, 0.0, rest)
     else:
         main = optax.constant_schedule(s.learning_rate)
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, s.learning_rate, warmup), main], [warmup])
+    if warmup:
+        main = optax.join_schedules([optax.linear_schedule(0.0, s.learning_rate, warmup), main], [warmup])
+    return lambda step: main(jnp.asarray(step, jnp.float32))  # optax adds its floats to it
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: clip, add the weight decay to the gradient, momentum (Nesterov), learning rate.
+    """config.optimizer: clip the gradients, then "sgd" or "lars".
 
-    decay_norms_and_biases=False leaves weight decay to kernels, the parameters of more than one axis.
+    sgd is PyTorch's: add the weight decay to the gradient, momentum (Nesterov), learning rate. lars scales each
+    kernel's step by the ratio of its norm to its gradient's (You et al., 2017, arXiv 1708.03888), for batches beyond
+    8,192. decay_norms_and_biases=False leaves weight decay to kernels, the parameters of more than one axis.
     """
     o = config.optimizer
-    chain = []
-    if o.clip_norm:
-        chain.append(optax.clip_by_global_norm(o.clip_norm))
+    mask = True if o.decay_norms_and_biases else _kernels
+    chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    if o.name == "lars":
+        return optax.chain(*chain, optax.lars(
+            schedule, o.weight_decay, mask, trust_ratio_mask=_kernels, momentum=o.momentum, nesterov=o.nesterov
+        ))  # fmt: skip
     if o.weight_decay:
-        mask = None if o.decay_norms_and_biases else lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-        chain.append(optax.add_decayed_weights(o.weight_decay, mask))
-    chain.append(optax.sgd(schedule, momentum=o.momentum or None, nesterov=o.nesterov))
-    return optax.chain(*chain)
+        chain.append(optax.add_decayed_weights(o.weight_decay, None if mask is True else mask))
+    return optax.chain(*chain, optax.sgd(schedule, momentum=o.momentum or None, nesterov=o.nesterov))
+
+
+def _kernels(params: Any) -> Any:
+    """True for parameters of more than one axis."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,18 +1,23 @@
-"""The machine a run is on: processes, devices, the mesh, and JAX's settings for them."""
+"""The machine a run is on: processes, devices, the mesh, the platform, signals, and JAX's settings for them."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import os
 import pathlib
 import signal
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +38,7 @@ def initialize(
     the first, how many there are, and which one it is. When one of them dies, the others end too, with status 1.
     Call before anything else uses JAX.
     """
-    waits = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LOST_AFTER}
+    waits: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LOST_AFTER}
     if coordinator_address:
         jax.distributed.initialize(coordinator_address, num_processes, process_id, **waits)
     else:
@@ -41,15 +46,17 @@ def initialize(
             jax.distributed.initialize(**waits)
     if jax.distributed.is_initialized():
         ctypes.CDLL(None).signal(signal.SIGABRT, _end_after_abort)
-    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "resattn_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR is not set
+        with contextlib.suppress(RuntimeError):  # there is no home folder, and so no cache
+            caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            if caches.is_absolute():  # as the XDG specification asks for
+                jax.config.update("jax_compilation_cache_dir", str(caches / "resattn_jax"))
 
 
 @functools.cache
-def events() -> collections.Counter[str]:
+def _events() -> collections.Counter[str]:
     """How often JAX has reported each of its events (`jax.monitoring`), counted from the first call on."""
-    counter = collections.Counter()
+    counter: collections.Counter[str] = collections.Counter()
     jax.monitoring.register_event_listener(lambda event, **_: counter.update([event]))
     return counter
 
@@ -87,36 +94,124 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """ "auto" is bfloat16 on accelerators and float32 on the CPU, which has no fast bfloat16."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What the devices of a mesh are good at. A net for devices that are not here is built by giving it theirs.
+
+    compute_dtype: what config.model.dtype=auto means. steps_per_dispatch: of a resident set, by default.
+    loops: whether the body of a loop is as fast as the same outside of one.
+    pointwise, pooling, upsampling: which of the programs that give the same numbers a layer is (models/layers.py).
+    compiler_options: what `jax.jit` tells XLA about the programs of a step.
+    shares_host_memory: whether an array on a device may be the very memory that was put there.
+    """
+
+    name: str
+    compute_dtype: str
+    steps_per_dispatch: int
+    loops: bool
+    pointwise: str
+    pooling: str
+    upsampling: str
+    compiler_options: tuple[tuple[str, str], ...] = ()
+    shares_host_memory: bool = False
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The keyword arguments of `create_model` that say which programs the layers are."""
+        return {"pointwise": self.pointwise, "pooling": self.pooling, "upsampling": self.upsampling}
+
+    def dtype(self, name: str) -> jnp.dtype:
+        """What config.model.dtype means here."""
+        return jnp.dtype(self.compute_dtype if name == "auto" else name)
 
 
-def default_steps_per_dispatch() -> int:
-    """50 on accelerators; 1 on the CPU, where XLA runs the body of a loop on one core."""
-    return 1 if jax.default_backend() == "cpu" else 50
+CPU = Platform(
+    name="cpu",
+    compute_dtype="float32",  # there is no fast bfloat16
+    steps_per_dispatch=1,
+    loops=False,  # XLA runs the body of a loop on one core, that of an unrolled one too: ten times the time
+    pointwise="product",
+    pooling="slices",
+    upsampling="products",
+    # XLA gives sums, products and convolutions to YNNPACK. For sums that is right; its convolutions take up to twice
+    # the time of Eigen's, their weight gradients 2 to 17 times.
+    compiler_options=(("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"),),
+    shares_host_memory=True,
+)
+GPU = Platform(
+    name="gpu",
+    compute_dtype="bfloat16",
+    steps_per_dispatch=50,
+    loops=True,
+    pointwise="convolution",
+    pooling="slices",
+    upsampling="products",
+)
+TPU = Platform(
+    name="tpu",
+    compute_dtype="bfloat16",
+    steps_per_dispatch=50,
+    loops=True,
+    pointwise="product",
+    pooling="window",
+    upsampling="products",
+    # Maps are brought to the chip whole instead of in slices, which moves 5 % fewer bytes.
+    compiler_options=(("xla_tpu_sliced_prefetch_max_slices", "1"),),
+)
+PORTABLE = Platform(  # what every compiler and exporter understands
+    name="portable",
+    compute_dtype="float32",
+    steps_per_dispatch=1,
+    loops=True,
+    pointwise="convolution",
+    pooling="window",
+    upsampling="gathers",
+)
+PLATFORMS = {platform.name: platform for platform in (CPU, GPU, TPU, PORTABLE)}
+
+
+def platform_of(mesh: Mesh) -> Platform:
+    """The platform of a mesh's devices; of a kind that is not known here the portable one."""
+    return PLATFORMS.get(mesh.devices.flat[0].platform, PORTABLE)
 
 
 @functools.cache
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What `jax.jit` tells XLA about the programs of a step on these devices; None: nothing.
-
-    On the CPU XLA gives sums, products and convolutions to YNNPACK. For sums that is right; its convolutions take up to
-    twice the time of Eigen's, their weight gradients 2 to 17 times. On TPUs maps are brought to the chip whole instead
-    of in slices, which moves 5 % fewer bytes. An XLA without the option keeps its defaults.
-    """
-    options = {
-        "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-        "tpu": {"xla_tpu_sliced_prefetch_max_slices": "1"},
-    }.get(mesh.devices.flat[0].platform)
-    if options:
-        try:
-            jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, P()), compiler_options=options).lower().compile()
-        except jax.errors.JaxRuntimeError:  # no such option
-            return None
+def compiler_options(platform: Platform, mesh: Mesh) -> dict[str, str] | None:
+    """The platform's options for `jax.jit`; None where it has none, or this XLA does not know them."""
+    options = dict(platform.compiler_options)
+    if not options:
+        return None
+    try:
+        jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, P()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return None
     return options
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program, the seconds that took, and whether the compilation cache had it."""
+
+    program: Any
+    seconds: float
+    cached: bool
+
+
+def compile_timed(function: Any, *arguments: Any) -> Compiled:
+    """Compiles a jitted function for arguments or their shapes."""
+    hits, began = _events()[_CACHE_HIT], time.perf_counter()
+    program = function.lower(*arguments).compile()
+    return Compiled(program, time.perf_counter() - began, _events()[_CACHE_HIT] > hits)
+
+
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def agreed(number: int, *, due: bool) -> int:
+    """The signal that any host has got, 0 for none. Many hosts ask each other, and only when something else is due."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.process_allgather(np.int32(number)).max()) if due else 0
 
 
 def describe_devices(mesh: Mesh) -> str:

@@ -1,4 +1,7 @@
-"""Tests run on eight CPU devices, strictly: no silent rank promotion. Compiled programs are kept between tests."""
+"""Tests run on eight CPU devices, strictly: no silent promotion of ranks or types, and a warning is an error.
+
+Compiled programs are kept between tests.
+"""
 
 import gc
 import os
@@ -21,17 +24,17 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture
 def tiny_config(monkeypatch):
     """A run of 12 steps on digits with a net of four residual units, every option of the recipe in use."""
     from configs import digits
-    from resattn_jax.models.nets import NETS
-    from resattn_jax.models.network import Spec, Stage, Stem
+    from resattn_jax.models.nets import NETS, Spec, Stage, Stem
 
     stage = Stage(16, modules=1, depth=1, stride=2)
-    monkeypatch.setitem(NETS, "ra_micro", Spec(Stem(8, 3), (stage,), p=0, t=1, last=0))
+    monkeypatch.setitem(NETS, "ra_micro", Spec(stem=Stem(8, 3), stages=(stage,), p=0, t=1, last=0))
     c = digits.get_config()
     c.model.name = "ra_micro"
     c.total_epochs, c.total_steps = None, 12

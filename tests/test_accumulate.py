@@ -1,20 +1,22 @@
 """Gradient accumulation: a batch seen in micro-batches, one update. A micro-batch is to the net what a device is."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import built, plain_recipe, run_steps
 from jax.sharding import PartitionSpec as P
-from test_devices import run_steps
 
 from resattn_jax.data.resident import put
 from resattn_jax.errors import UsageError
-from resattn_jax.experiment import build
+from resattn_jax.experiment import create_state
 from resattn_jax.models import create_model
-from resattn_jax.runtime import make_mesh
-from resattn_jax.train_step import Recipe, create_state, make_train_steps, network_inputs
+from resattn_jax.runtime import CPU, TPU, make_mesh
+from resattn_jax.train_step import make_train_steps, network_inputs
 
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (16, 8, 8, 1), np.uint8), RNG.integers(0, 10, 16, np.int32)
@@ -22,22 +24,24 @@ IMAGES, LABELS = RNG.integers(0, 256, (16, 8, 8, 1), np.uint8), RNG.integers(0, 
 
 def recipe(accumulate):
     """Crop, flip and mixup."""
-    return Recipe(0, np.zeros(1), np.ones(1), 1, True, 0.3, 9, 0.1, None, accumulate=accumulate)
+    return plain_recipe(
+        crop_padding=1, flip=True, mixup_alpha=0.3, mixup_until=9, label_smoothing=0.1, accumulate=accumulate
+    )
 
 
-def lower(model, accumulate, devices, optimizer):
+def lower(model, accumulate, devices, optimizer, platform=CPU):
     """One step on IMAGES and LABELS, lowered, and its arguments."""
     mesh = make_mesh(devices)
-    state = create_state(model, optimizer, recipe(accumulate), IMAGES.shape[1:])
+    state = create_state(model, optimizer, IMAGES.shape[1:], seed=0, ema=False)
     batch = put(IMAGES[None], mesh, P(None, "data")), put(LABELS[None], mesh, P(None, "data"))
-    steps = make_train_steps(model, optimizer, recipe(accumulate), mesh, lambda arrays, batch: batch, 1)
+    steps = make_train_steps(model, optimizer, recipe(accumulate), mesh, platform, lambda arrays, batch: batch, 1)
     arguments = jax.device_put(state, jax.NamedSharding(mesh, P())), {}, batch, put(np.int32(1), mesh, P())
     return steps.lower(*arguments), arguments
 
 
-def one_step(model, accumulate, devices):
+def one_step(model, accumulate, devices, platform=CPU):
     """The state before, the state after and the metrics of one step of gradient descent with a rate of 1."""
-    lowered, arguments = lower(model, accumulate, devices, optax.sgd(1.0))
+    lowered, arguments = lower(model, accumulate, devices, optax.sgd(1.0), platform)
     before = jax.device_get(arguments[0])
     after, metrics = lowered.compile()(*arguments)
     return before, jax.device_get(after), {name: float(value[0]) for name, value in metrics.items()}
@@ -119,16 +123,16 @@ def test_micro_batches_are_what_devices_are(tiny_config):
         assert a["top1"] == b["top1"]
 
 
-def test_accelerators_run_them_in_a_loop_that_needs_less_memory(tiny_config, one_device, monkeypatch):
+def test_accelerators_run_them_in_a_loop_that_needs_less_memory(tiny_config, one_device):
     """The CPU has them one after the other without a loop, to the same result."""
     model = create_model("ra_micro", num_classes=10)
     _, straight, _ = one_step(model, 4, one_device)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    _, looped, _ = one_step(model, 4, one_device)
+    loops = dataclasses.replace(CPU, loops=TPU.loops)
+    _, looped, _ = one_step(model, 4, one_device, loops)
     assert_close(looped.params, straight.params, 1e-5)
 
     def temporaries(accumulate):
-        lowered, _ = lower(model, accumulate, one_device, optax.sgd(1.0))
+        lowered, _ = lower(model, accumulate, one_device, optax.sgd(1.0), loops)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < 0.6 * temporaries(1)
@@ -143,8 +147,8 @@ def test_the_devices_speak_as_often_as_without(tiny_config):
     assert reduced[0] == reduced[1] > 0
 
 
-@pytest.mark.parametrize("accumulate", [0, 3, 64])
+@pytest.mark.parametrize("accumulate", [3, 64])
 def test_a_number_that_does_not_divide_a_devices_batch_is_refused(tiny_config, one_device, accumulate):
     tiny_config.accumulate = accumulate
     with pytest.raises(UsageError, match=rf"config.accumulate is {accumulate}; it must be .* divide the 32 images"):
-        build(tiny_config, one_device)
+        built(tiny_config, one_device)

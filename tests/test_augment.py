@@ -6,8 +6,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageEnhance
 import pytest
+from helpers import augmentation
 
-from resattn_jax.data.augment import (
+from resattn_jax.augment import (
     augment,
     color_jitter,
     cutmix,
@@ -68,14 +69,15 @@ def test_a_flip_mirrors_left_to_right_half_of_the_images():
 
 def test_randomness_belongs_to_the_place_in_the_batch_not_to_the_device():
     x, key = images(8), jax.random.key(1)
-    whole = augment(key, jnp.arange(8), x, crop_padding=2, flip=True)
-    half = augment(key, jnp.arange(4, 8), x[4:], crop_padding=2, flip=True)
+    section = augmentation(crop_padding=2, flip=True)
+    whole = augment(section, key, jnp.arange(8), x)
+    half = augment(section, key, jnp.arange(4, 8), x[4:])
     np.testing.assert_array_equal(whole[4:], half)
 
 
 def test_without_options_a_batch_is_left_as_it_is():
     x = images(4)
-    np.testing.assert_array_equal(augment(jax.random.key(0), jnp.arange(4), x, crop_padding=0, flip=False), x)
+    np.testing.assert_array_equal(augment(augmentation(), jax.random.key(0), jnp.arange(4), x), x)
 
 
 def test_mixup_mixes_images_and_targets_of_neighbours_with_one_lambda():
@@ -135,11 +137,11 @@ def test_with_both_each_batch_is_mixed_one_way_or_the_other():
     y = np.eye(2, dtype=np.float32)
     blended = []
     for seed in range(40):
-        mixed, targets = mix(jax.random.key(seed), x, y, 1.0, 1.0, on())
+        mixed, targets = mix(augmentation(mixup_alpha=1.0, cutmix_alpha=1.0), jax.random.key(seed), x, y, on())
         assert np.asarray(mixed)[0].mean() == pytest.approx(float(targets[0, 1]), abs=1e-5)
-        blended.append(len(np.unique(np.asarray(mixed)[0])) == 1 and 0 < targets[0, 1] < 1)
+        blended.append(len(np.unique(np.asarray(mixed)[0])) == 1 and bool(0 < targets[0, 1] < 1))
     assert 8 < sum(blended) < 32
-    np.testing.assert_array_equal(mix(jax.random.key(0), x, y, 0.0, 0.0, on())[0], x)
+    np.testing.assert_array_equal(mix(augmentation(), jax.random.key(0), x, y, on())[0], x)
 
 
 def test_random_erasing_zeroes_rectangles_of_the_published_range_in_so_many_images():
@@ -193,9 +195,9 @@ def test_pca_lighting_adds_one_colour_an_image_with_alexnets_covariance():
 
 def test_colours_and_erasing_too_belong_to_the_place_in_the_batch():
     x, key = images(8, size=16), jax.random.key(1)
-    options = {"crop_padding": 0, "flip": False, "erasing": 0.5, "cutout_size": 4}
+    section = augmentation(color_jitter=(0.4, 0.4, 0.4), pca_lighting=0.1, random_erasing=0.5, cutout=4)
 
     def both(positions, part):
-        return augment(key, positions, recolor(key, positions, part, jitter=(0.4, 0.4, 0.4), lighting=0.1), **options)
+        return augment(section, key, positions, recolor(section, key, positions, part))
 
     np.testing.assert_allclose(both(jnp.arange(8), x)[4:], both(jnp.arange(4, 8), x[4:]), atol=1e-3)  # of 255

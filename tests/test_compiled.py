@@ -6,7 +6,8 @@ import re
 import jax
 import pytest
 
-from benchmarks.compiled import arrays, compile_step, count_all_reduces, hbm_traffic, largest
+from benchmarks.compiled import compile_step
+from benchmarks.hlo import arrays, count_all_reduces, hbm_traffic, largest
 
 TYPES = {
     "MAP": "bf16[128,8,8,32]{0,3,2,1:T(8,128)(2,1)}",

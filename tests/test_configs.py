@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
-from resattn_jax.config import Durations, flatten
+from resattn_jax.config import RULES, Durations, check, flatten
 from resattn_jax.models import create_model
 from resattn_jax.models.count import count_parameters
 from resattn_jax.optimizer import make_optimizer, make_schedule
@@ -20,6 +20,10 @@ CONFIGS = sorted(
 )
 
 
+def test_every_key_has_a_rule():
+    assert RULES.keys() == flatten(default.get_config()).keys()
+
+
 def test_the_promised_recipes_are_there():
     assert {"cifar10_ra92", "cifar10_ra92_mixup", "digits"} <= set(CONFIGS)
 
@@ -28,6 +32,7 @@ def test_the_promised_recipes_are_there():
 def test_a_recipe_builds(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert flatten(config).keys() == flatten(default.get_config()).keys()
+    check(config)
     durations = Durations(config, 50_000)
     schedule = make_schedule(config, durations)
     options = {k: v for k, v in config.model.items() if k not in ("name", "dtype") and v is not None}

@@ -16,7 +16,8 @@ import pytest
 
 from resattn_jax.models import NETS, create_model, model_names
 from resattn_jax.models.count import count_multiply_adds, count_parameters
-from resattn_jax.models.network import ResidualAttentionNetwork, Stage
+from resattn_jax.models.nets import Stage
+from resattn_jax.models.network import ResidualAttentionNetwork
 
 
 class Golden(NamedTuple):

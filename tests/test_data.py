@@ -1,25 +1,28 @@
 """Sources and the resident pipeline: every example once an epoch, every example once in an evaluation."""
 
+import io
 import json
 import pathlib
 import shutil
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
+from helpers import examples
 from sklearn.datasets import load_digits
 
 from resattn_jax.data.order import batch_rows
 from resattn_jax.data.pictures import Picture
-from resattn_jax.data.pipelines import open_pipelines
-from resattn_jax.data.resident import Resident
-from resattn_jax.data.sources import Examples, open_source, prepare, read
+from resattn_jax.data.pipelines import TrainingData
+from resattn_jax.data.resident import ResidentEval, ResidentTrain, take
+from resattn_jax.data.sources import open_source, prepare, read
 from resattn_jax.errors import UsageError
 from resattn_jax.runtime import make_mesh
 
 
 def some_examples(count):
-    return Examples(np.zeros((count, 4, 4, 1), np.uint8), np.arange(count, dtype=np.int32), ("a",))
+    return examples(np.zeros((count, 4, 4, 1), np.uint8), np.arange(count, dtype=np.int32), ("a",))
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 5), (10, 4), (10, 7), (3, 8)])
@@ -41,17 +44,18 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 @pytest.mark.parametrize("limit", [None, 20, 13])
 def test_an_evaluation_sees_every_example_once(limit):
-    split = Resident(some_examples(37), make_mesh())
+    split = ResidentEval(some_examples(37), batch_size=16, max_examples=limit, mesh=make_mesh())
     seen = []
-    for rows, mask in split.eval_batches(16, limit):
+    for rows, mask in split:
         assert rows.shape == mask.shape == (16,)
         seen += list(np.asarray(rows)[np.asarray(mask)])
     assert seen == list(range(limit or 37))
 
 
 def test_take_gives_the_rows_asked_for():
-    split = Resident(some_examples(9), make_mesh(jax.devices()[:1]))
-    images, labels = Resident.take(split.arrays, np.array([8, 0, 3]))
+    mesh = make_mesh(jax.devices()[:1])
+    split = ResidentTrain(some_examples(9), seed=0, batch_size=3, steps_per_dispatch=1, mesh=mesh)
+    images, labels = take(split.arrays, np.array([8, 0, 3]))
     assert images.shape == (3, 4, 4, 1)
     assert list(labels) == [8, 0, 3]
 
@@ -96,6 +100,142 @@ def test_a_record_is_what_tfds_reads(tfds_dir):
     assert ours.name(5) == f"imagenet2012 train[3:9], example 5 {record['file_name'].decode()}"
 
 
+class Files:
+    """Examples from the content of files. Their labels are their rows; a file that is None cannot be opened."""
+
+    def __init__(self, files, image_shape):
+        self._files, self.image_shape = files, image_shape
+        self.class_names = tuple(map(str, range(len(files))))
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, row):
+        if self._files[row] is None:
+            raise OSError("the disk is gone")
+        return self._files[row], row
+
+    def name(self, row):
+        return f"file {row}"
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def numbered(count):
+    """Grey pictures of 4 x 6 whose pixels are their row."""
+    return [encoded(PIL.Image.new("L", (6, 4), row)) for row in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "mode", "color", "expected"),
+    [
+        (1, "L", 90, [90]),
+        (1, "1", 1, [255]),
+        (1, "I;16", 90 * 257, [90]),
+        (1, "RGB", (90, 90, 90), [90]),
+        (1, "LA", (90, 0), [255]),
+        (2, "LA", (90, 7), [90, 7]),
+        (3, "RGB", (200, 100, 50), [200, 100, 50]),
+        (3, "L", 90, [90, 90, 90]),
+        (3, "RGBA", (200, 100, 50, 0), [255, 255, 255]),
+        (4, "RGBA", (200, 100, 50, 7), [200, 100, 50, 7]),
+        (4, "RGB", (200, 100, 50), [200, 100, 50, 255]),
+    ],
+)
+def test_a_set_is_decoded_with_as_many_channels_as_it_has(channels, mode, color, expected):
+    images = read(Files([encoded(PIL.Image.new(mode, (6, 4), color))], (4, 6, channels))).images
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, np.tile(np.array(expected, np.uint8), (1, 4, 6, 1)))
+
+
+def test_a_palette_picture_and_one_with_a_transparent_color_are_decoded():
+    palette = PIL.Image.new("P", (6, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    grey = encoded(PIL.Image.new("L", (6, 4), 90), transparency=90)  # a grey set has its pixels as they are stored
+    assert read(Files([encoded(palette)], (4, 6, 3))).images[0, 0, 0].tolist() == [200, 100, 50]
+    assert read(Files([grey], (4, 6, 1))).images[0, 0, 0].tolist() == [90]
+
+
+def test_jpegs_of_a_grey_and_of_a_color_set_are_decoded_as_by_pillow():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    for mode, channels in (("L", 1), ("RGB", 3)):
+        data = encoded(PIL.Image.fromarray(noise).convert(mode), "JPEG", quality=95)
+        expected = np.asarray(PIL.Image.open(io.BytesIO(data))).reshape(16, 16, channels)
+        np.testing.assert_allclose(read(Files([data], (16, 16, channels))).images[0], expected, atol=2)
+    assert read(Files([data], (16, 16, 4))).images[0, ..., 3].min() == 255
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        (b"", "the file is empty"),
+        (b"no picture", "it is no image of a known kind"),
+        (numbered(1)[0][:-20], r"\w{2}"),
+        (None, "the disk is gone"),
+        (encoded(PIL.Image.new("L", (4, 6))), "it has 6 x 4 pixels, not 4 x 6"),
+        (encoded(PIL.Image.new("F", (6, 4)), "TIFF"), "its pixels are floating-point numbers"),
+    ],
+)
+def test_a_broken_picture_of_a_set_in_memory_is_an_error_or_another_stands_in_its_place(file, why):
+    files = numbered(30)
+    files[7] = file
+    message = f"file 7 cannot be read: .*{why}.*; replace or remove it, or set config.data.broken=skip"
+    with pytest.raises(UsageError, match=message):
+        read(Files(files, (4, 6, 1)))
+    examples = read(Files(files, (4, 6, 1)), skip_broken=True)
+    assert len(examples.images) == len(examples.labels) == 30
+    ((name, _),) = examples.broken
+    assert name == "file 7"
+    np.testing.assert_array_equal(examples.readable, np.arange(30) != 7)
+    np.testing.assert_array_equal(examples.labels[examples.readable], np.delete(np.arange(30), 7))
+    np.testing.assert_array_equal(examples.images[:, 0, 0, 0], examples.labels)  # also in the place of the broken one
+    assert examples.labels[7] != 7
+
+
+def test_what_stands_in_the_place_of_a_broken_picture_is_drawn_by_its_row_alone():
+    def stand_ins(*broken):
+        files = [None if row in broken else data for row, data in enumerate(numbered(200))]
+        return read(Files(files, (4, 6, 1)), skip_broken=True).labels
+
+    alone, among_others = stand_ins(7), stand_ins(7, 11, 190)
+    assert alone[7] == among_others[7]
+    assert len({int(among_others[row]) for row in (7, 11, 190)}) == 3
+    assert not {7, 11, 190} & set(among_others)
+    assert set(stand_ins(*range(1, 200))) == {0}
+
+
+def test_a_set_in_memory_of_broken_pictures_alone_is_an_error():
+    with pytest.raises(UsageError, match="of 3 pictures none could be read; the last was file 2: the file is empty"):
+        read(Files([b""] * 3, (4, 6, 1)), skip_broken=True)
+
+
+def test_examples_are_all_readable_unless_it_is_said():
+    examples = some_examples(3)
+    assert examples.broken == ()
+    assert examples.readable.tolist() == [True] * 3
+
+
+def test_a_damaged_record_is_a_broken_picture(tfds_dir, tmp_path):
+    folder, copy = copy_of_cifar10(tfds_dir, tmp_path)
+    for path in folder.glob("*-test.array_record*"):
+        (copy / path.name).symlink_to(path)
+    damaged = sorted(copy.glob("*-test.array_record*"))[1]
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2 + 200] ^= 0xFF
+    damaged.unlink()
+    damaged.write_bytes(content)
+    source = open_source("cifar10", "test", str(tmp_path))
+    with pytest.raises(UsageError, match=r"cifar10 test, example \d+ cannot be read: the record is damaged: "):
+        read(source)
+    examples = read(source, skip_broken=True)
+    assert 1 <= len(examples.broken) <= 2
+    assert examples.images.shape == (10000, 32, 32, 3)
+
+
 def test_unknown_sets_and_splits_name_the_nearest(tfds_dir):
     with pytest.raises(UsageError, match=r"unknown data set 'cifra10' \(did you mean 'cifar10'\?\); there are digits"):
         open_source("cifra10", "train")
@@ -112,11 +252,18 @@ def test_unknown_sets_and_splits_name_the_nearest(tfds_dir):
 
 
 def test_a_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("resattn_jax.data.sources._can_prepare", lambda: False)
+    monkeypatch.setattr("resattn_jax.data.sources.tfds._can_prepare", lambda: False)
     with pytest.raises(UsageError, match=r"cifar10 is not prepared in .*\[prepare\].*--mode=prepare"):
         open_source("cifar10", "train", str(tmp_path))
     with pytest.raises(UsageError, match=r"needs TensorFlow: pip install -e '\.\[prepare\]'"):
         prepare("cifar10", str(tmp_path))
+
+
+def test_preparing_says_in_a_sentence_where_the_set_lies_or_that_nothing_is_to_be_done(tfds_dir):
+    assert prepare("digits") == "digits come with scikit-learn and need no preparing"
+    assert prepare("cifar10", tfds_dir).startswith(f"cifar10 lies in {tfds_dir}/cifar10/")
+    assert prepare("folder:/no/such") == "folder:/no/such needs no preparing; start training"
+    assert prepare("synthetic").endswith("synthetic needs no preparing; start training")
 
 
 def copy_of_cifar10(tfds_dir, tmp_path, **changes):
@@ -160,4 +307,4 @@ def test_a_split_without_labels_is_refused(tfds_dir, tmp_path, tiny_config):
     writer.close()
     tiny_config.data.update(name="cifar10", dir=str(tmp_path), train_split="test", eval_split="test")
     with pytest.raises(UsageError, match="the split 'test' of cifar10 has no labels"):
-        open_pipelines(tiny_config, make_mesh())
+        TrainingData(tiny_config)

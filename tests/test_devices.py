@@ -3,29 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from helpers import built, run_steps
 
-from resattn_jax.checkpoint import Checkpoints
-from resattn_jax.data.resident import put
+from resattn_jax.checkpoint import Reader
 from resattn_jax.errors import UsageError
-from resattn_jax.evaluate import evaluate_checkpoint
-from resattn_jax.experiment import build
-from resattn_jax.train import train_and_evaluate
-from resattn_jax.train_step import make_train_steps
-
-
-def run_steps(config, devices, steps):
-    """The state and the metrics after so many steps of a config."""
-    experiment = build(config, devices)
-    compiled = make_train_steps(
-        experiment.model, experiment.optimizer, experiment.recipe, experiment.mesh, experiment.train.take, 1
-    )
-    state, history = experiment.initial_state(), []
-    for step in range(steps):
-        rows = experiment.train.train_batches(config.seed, step, 1, config.batch_size, 1)
-        one = put(np.int32(1), experiment.mesh, jax.sharding.PartitionSpec())
-        state, metrics = compiled(state, experiment.train.arrays, rows, one)
-        history.append(jax.tree.map(lambda x: float(x[0]), metrics))
-    return state, history
+from resattn_jax.modes.evaluate import evaluate_checkpoint
+from resattn_jax.modes.train import train_and_evaluate
 
 
 def test_eight_devices_with_synchronised_statistics_train_as_one_does(tiny_config):
@@ -64,14 +47,14 @@ def test_a_checkpoint_of_eight_devices_is_measured_and_continued_on_other_number
         assert measured["loss"] == pytest.approx(result["final"]["loss"], rel=1e-5)
     tiny_config.total_steps = 8
     assert train_and_evaluate(tiny_config, tmp_path, jax.devices()[:2])["step"] == 8
-    with Checkpoints(tmp_path) as checkpoints:
+    with Reader(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps()[-1] == 8
 
 
 def test_a_batch_that_does_not_divide_is_an_error_naming_sizes_that_do(tiny_config):
     tiny_config.batch_size = 33
     with pytest.raises(UsageError, match="batch_size is 33, which does not divide by the 8 devices; 32 or 40 would"):
-        build(tiny_config)
+        built(tiny_config)
     tiny_config.batch_size = 40
     with pytest.raises(UsageError, match="leaves 5 for each of the 8 devices"):
-        build(tiny_config)
+        built(tiny_config)

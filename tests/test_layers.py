@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from resattn_jax.models.layers import (
     max_pool_by_window,
     upsample_bilinear,
 )
+from resattn_jax.models.nets import Pointwise, Pooling, Upsampling
 from resattn_jax.models.network import AttentionModule, PreActivationUnit, attention_activation
 
 
@@ -28,6 +30,17 @@ def maps(rows):
 
 def rows(x):
     return np.asarray(x)[0, :, :, 0].tolist()
+
+
+def assert_same_outputs_and_gradients(functions, *arguments):
+    """Outputs, and what flows back to every argument from one gradient, up to rounding."""
+    results = []
+    for function in functions:
+        y, back = jax.vjp(function, *arguments)
+        results.append((y, *back(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
+    for ours, theirs in zip(*results, strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # Upsampling: corners stay corners (align_corners), output i of n lies at i * (size - 1) / (n - 1).
@@ -48,16 +61,27 @@ def rows(x):
         ([0, 1, 2, 3, 4], 3, [0, 2, 4]),
     ],
 )
-def test_upsampling_keeps_corners(line, length, expected):
-    across = upsample_bilinear(maps([line]), (1, length))
-    down = upsample_bilinear(maps([[v] for v in line]), (length, 1))
+@pytest.mark.parametrize("upsampling", typing.get_args(Upsampling))
+def test_upsampling_keeps_corners(line, length, expected, upsampling):
+    across = upsample_bilinear(maps([line]), (1, length), upsampling=upsampling)
+    down = upsample_bilinear(maps([[v] for v in line]), (length, 1), upsampling=upsampling)
     np.testing.assert_allclose(rows(across), [expected], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(rows(down), [[v] for v in expected], rtol=1e-6, atol=1e-6)
 
 
-def test_upsampling_is_bilinear():
+@pytest.mark.parametrize("upsampling", typing.get_args(Upsampling))
+def test_upsampling_is_bilinear(upsampling):
     expected = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    np.testing.assert_allclose(rows(upsample_bilinear(maps([[0, 2], [6, 8]]), (3, 3))), expected, atol=1e-6)
+    ours = upsample_bilinear(maps([[0, 2], [6, 8]]), (3, 3), upsampling=upsampling)
+    np.testing.assert_allclose(rows(ours), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "shape"), [((4, 5), (8, 9)), ((2, 1), (5, 4)), ((1, 3), (1, 6)), ((7, 6), (4, 6))])
+def test_upsampling_by_either_program_is_the_same(size, shape):
+    assert_same_outputs_and_gradients(
+        [functools.partial(upsample_bilinear, shape=shape, upsampling=u) for u in typing.get_args(Upsampling)],
+        jax.random.normal(jax.random.key(0), (2, *size, 3)),
+    )
 
 
 def test_upsampling_leaves_examples_and_channels_apart():
@@ -69,7 +93,9 @@ def test_upsampling_leaves_examples_and_channels_apart():
 
 
 def test_upsampling_computes_in_the_type_of_its_input():
-    assert upsample_bilinear(jnp.ones((1, 2, 2, 1), jnp.bfloat16), (4, 4)).dtype == jnp.bfloat16
+    for upsampling in typing.get_args(Upsampling):
+        y = upsample_bilinear(jnp.ones((1, 2, 2, 1), jnp.bfloat16), (4, 4), upsampling=upsampling)
+        assert y.dtype == jnp.bfloat16
 
 
 # Max-pooling with window 3 and stride 2. Caffe pads nothing on the left and lets the last window reach over the edge
@@ -94,33 +120,34 @@ SEVEN = np.arange(49).reshape(7, 7)
         ("both", SEVEN, [[8, 10, 12, 13], [22, 24, 26, 27], [36, 38, 40, 41], [43, 45, 47, 48]]),
     ],
 )
-def test_max_pooling(padding, square, expected):
-    assert rows(max_pool(maps(square), padding=padding)) == expected
+@pytest.mark.parametrize("pooling", typing.get_args(Pooling))
+def test_max_pooling(padding, square, expected, pooling):
+    assert rows(max_pool(maps(square), padding=padding, pooling=pooling)) == expected
 
 
-def test_padding_never_wins():
+@pytest.mark.parametrize("pooling", typing.get_args(Pooling))
+def test_padding_never_wins(pooling):
     """All values lie below zero, so that a padding with zeros would show."""
-    assert rows(max_pool(maps(FOUR - 100), padding="ceil")) == [[-90, -89], [-86, -85]]
-    assert rows(max_pool(maps(FOUR - 100), padding="both")) == [[-95, -93], [-87, -85]]
+    assert rows(max_pool(maps(FOUR - 100), padding="ceil", pooling=pooling)) == [[-90, -89], [-86, -85]]
+    assert rows(max_pool(maps(FOUR - 100), padding="both", pooling=pooling)) == [[-95, -93], [-87, -85]]
 
 
-def test_window_two_without_padding():
+@pytest.mark.parametrize("pooling", typing.get_args(Pooling))
+def test_window_two_without_padding(pooling):
     """The pool of ra92_cifar_pooled; an odd last row is left out."""
-    assert rows(max_pool(maps(FOUR), window=2, padding="valid")) == [[5, 7], [13, 15]]
-    assert rows(max_pool(maps(FIVE), window=2, padding="valid")) == [[6, 8], [16, 18]]
+    assert rows(max_pool(maps(FOUR), window=2, padding="valid", pooling=pooling)) == [[5, 7], [13, 15]]
+    assert rows(max_pool(maps(FIVE), window=2, padding="valid", pooling=pooling)) == [[6, 8], [16, 18]]
 
 
 @pytest.mark.parametrize(("window", "pad"), [(3, (1, 1)), (3, (0, 1)), (3, (0, 0)), (2, (0, 0))])
 @pytest.mark.parametrize("size", [6, 7])
-def test_tpus_pool_as_others_do(window, pad, size):
+def test_max_pooling_by_either_program_is_the_same(window, pad, size):
     """Two programs for one thing: the same maxima, and the gradient goes to the same places."""
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
     pads = [(0, 0), pad, pad, (0, 0)]
-    results = []
-    for pool in max_pool_by_window, max_pool_by_slices:
-        y, gradient = jax.vjp(functools.partial(pool, window=window, pads=pads), x)
-        results.append((y, *gradient(jnp.sin(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), *results)
+    assert_same_outputs_and_gradients(
+        [functools.partial(pool, window=window, pads=pads) for pool in (max_pool_by_window, max_pool_by_slices)],
+        jax.random.normal(jax.random.key(0), (2, size, size, 3)),
+    )
 
 
 @pytest.mark.parametrize(("window", "padding"), [(3, "ceil"), (2, "valid")])
@@ -218,7 +245,7 @@ def test_attention_learning(learning, factor):
     spec = dataclasses.replace(NETS["ra_tiny"], p=0, t=0, r=0, last=0, learning=learning)
     norm = functools.partial(BatchNorm, train=False)
     unit = functools.partial(PreActivationUnit, 8, conv=Conv, norm=norm)
-    module = AttentionModule(spec, 0, unit, Conv, norm)
+    module = AttentionModule(spec, 0, unit, Conv, norm, max_pool, upsample_bilinear)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 2, 8)), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -226,15 +253,36 @@ def test_attention_learning(learning, factor):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_1x1_convolution_is_a_product_over_channels(monkeypatch, stride):
-    """Whether it is computed as a matrix product or, on GPUs, as a convolution."""
+def test_a_1x1_convolution_is_a_product_over_channels(stride):
+    """Whether it is computed as a matrix product or as a convolution."""
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal((2, 5, 4, 3)), rng.standard_normal((1, 1, 3, 6))
     expected = np.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
-    for backend in ("cpu", "gpu"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        ours = Conv(6, 1, stride).apply({"params": {"kernel": np.float32(kernel)}}, np.float32(x))
+    for pointwise in typing.get_args(Pointwise):
+        conv = Conv(6, 1, stride, pointwise=pointwise)
+        ours = conv.apply({"params": {"kernel": np.float32(kernel)}}, np.float32(x))
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_1x1_convolution_by_either_program_is_the_same(stride):
+    rng = np.random.default_rng(0)
+    x, kernel = (np.float32(rng.standard_normal(shape)) for shape in [(2, 5, 4, 32), (1, 1, 32, 48)])
+    convs = [Conv(48, 1, stride, pointwise=pointwise) for pointwise in typing.get_args(Pointwise)]
+    assert_same_outputs_and_gradients(
+        [lambda x, kernel, conv=conv: conv.apply({"params": {"kernel": kernel}}, x) for conv in convs], x, kernel
+    )
+
+
+def test_other_convolutions_are_not_asked():
+    """A 3x3 kernel, or one of groups, is a convolution in either program."""
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+    for options in {"kernel_size": 3}, {"kernel_size": 1, "groups": 2}:
+        outputs = [
+            Conv(8, pointwise=pointwise, **options).init_with_output(jax.random.key(1), x)[0]
+            for pointwise in typing.get_args(Pointwise)
+        ]
+        np.testing.assert_array_equal(*outputs)
 
 
 # Initialisation. A kernel [3, 3, 64, 128] reads 576 values a position and is read by 1,152.

@@ -1,6 +1,7 @@
 """The command line, run as a person runs it: exit statuses, one-line errors, stopping and going on."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SMALL = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
 
@@ -25,15 +26,21 @@ def main(*arguments):
         ("--config=configs/digit.py", "there is no config 'configs/digit.py' (did you mean 'configs/digits.py'?)"),
         ("--config.batch_sise=3", "there is no config.batch_sise (did you mean 'config.batch_size'?)"),
         ("--config.optimizer.momentun=3", "(did you mean 'config.optimizer.momentum'?)"),
-        ("--config.batch_size=many", "--config.batch_size=many: invalid literal for int()"),
-        ("--config.label_smoothing=x", "--config.label_smoothing=x: could not convert string to float"),
-        ("--config.model.name=ra93", "unknown model 'ra93' (did you mean 'ra92'?); there are ra56, ra92, ranext56"),
-        ("--config.model.attention=chanel", "attention is 'chanel'; it must be one of mixed, channel, spatial"),
+        ("--config.batch_size=many", "config.batch_size is 'many'; it must be 1 or more, a whole"),
+        ("--config.label_smoothing=x", "config.label_smoothing is 'x'; it must be from 0 to less than 1"),
+        (
+            "--config.model.name=ra93",
+            "config.model.name is 'ra93' (did you mean 'ra92'?); it must be one of ra56, ra92,",
+        ),
+        (
+            "--config.model.attention=chanel",
+            "attention is 'chanel' (did you mean 'channel'?); it must be one of mixed,",
+        ),
         ("--config.data.name=digit", "unknown data set 'digit' (did you mean 'digits'?)"),
         ("--config.batch_size=0", "config.batch_size is 0; it must be 1 or more"),
         ("--config.eval.every=often", "config.eval.every is 'often'; write '500 steps', '5 epochs' or '30%'"),
         ("--mode=trian", "--mode=trian: value should be one of <train|evaluate|prepare|show_data|"),
-        ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
+        ("--wrkdir=x", "there is no flag --wrkdir (did you mean '--workdir'?)"),
         ("train", "unexpected argument 'train'"),
         ("--mode=evaluate", "there is no checkpoint in"),
     ],
@@ -110,6 +117,7 @@ def test_a_run_stopped_by_a_signal_goes_on_and_is_then_evaluated(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_naming_the_weights(tmp_path):
     main("--config.total_steps=1", "--config.eval.max_examples=40", *SMALL, f"--workdir={tmp_path}")
+    (tmp_path / "config.json").unlink()  # so that the command line says what the net is
     done = main("--mode=evaluate", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert "does not fit the model" in done.stderr
@@ -136,7 +144,7 @@ def test_a_device_out_of_memory_is_one_line_that_names_the_batch_and_what_helps(
     code = f"""
 import runpy, sys
 import jax
-import resattn_jax.train as train
+import resattn_jax.experiment as experiment
 
 def exhaust(*_):
     return jax.block_until_ready(jax.numpy.zeros(1 << 50))
@@ -150,9 +158,9 @@ class Steps:
         return exhaust
 
 if {when!r} == "evaluating":
-    train.make_eval_step = lambda *_: exhaust
+    experiment.make_eval_step = lambda *_: exhaust
 else:
-    train.make_train_steps = lambda *_: Steps()
+    experiment.make_train_steps = lambda *_: Steps()
 sys.argv = ["main.py", "--config.total_steps=1", *{SMALL}, "--workdir={tmp_path}"]
 runpy.run_path("main.py", run_name="__main__")
 """
@@ -173,10 +181,11 @@ runpy.run_path("main.py", run_name="__main__")
 # Takes 256 MB twice, as a step's temporaries are taken, and says how many pages the system had to bring then.
 ALLOCATE = """
 import resource
-import main
+import sys
+from resattn_jax import cli
 
 if {large}:
-    main.use_large_pages()
+    cli.use_large_pages(sys.orig_argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(2):
     bytearray(256 << 20)
@@ -184,14 +193,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_memory_comes_in_large_pages():
+def test_memory_comes_in_large_pages(tmp_path):
     setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("this system does not give out large pages to those who ask for them")
     pages = []
     for large in False, True:
-        command = [sys.executable, "-c", ALLOCATE.format(large=large)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        program = tmp_path / "allocate.py"
+        program.write_text(ALLOCATE.format(large=large))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(program)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         pages.append(int(done.stdout))
     assert pages[0] > 2 * (256 << 20) // 4096
     assert pages[1] < pages[0] / 50  # a page of 2 MB is 512 of 4 kB

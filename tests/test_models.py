@@ -2,37 +2,19 @@
 
 import dataclasses
 import functools
+import pathlib
+import subprocess
+import sys
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import images, random_variables, trace
 
-from resattn_jax.models import NETS, create_model, model_names
+from resattn_jax.models import NETS, check_options, create_model, model_names
 from resattn_jax.models.network import ResidualAttentionNetwork
-
-
-def trace(model, image_shape, batch=2):
-    """(logits, variables) as shapes: nothing is computed."""
-    init = functools.partial(model.init_with_output, train=False)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((batch, *image_shape)))
-
-
-def random_variables(model, image_shape):
-    """Variables away from their initial values; kernels with the variance 1 / fan_in."""
-    rng = np.random.default_rng(0)
-    _, shapes = trace(model, image_shape)
-
-    def draw(leaf):
-        normal = rng.standard_normal(leaf.shape).astype(np.float32)
-        return normal / np.float32(np.prod(leaf.shape[:-1]) ** 0.5) if leaf.ndim > 1 else 1 + 0.2 * np.abs(normal)
-
-    return jax.tree.map(draw, shapes)
-
-
-def images(*shape):
-    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-
 
 # One net of each design, at its own size, larger, smaller and odd: pooling is global, so that any size works.
 SIZES = {
@@ -122,6 +104,72 @@ def test_the_logits_read_every_parameter(name):
     assert [n for n, var in zip(names, jaxpr.invars, strict=False) if id(var) not in read] == []
 
 
+PORTABLE = {"pointwise": "convolution", "pooling": "window", "upsampling": "gathers"}
+OTHERS = {"pointwise": "product", "pooling": "slices", "upsampling": "products"}
+
+
+@pytest.mark.parametrize("wiring", ["paper", "double_skip"])
+def test_every_program_gives_the_same_numbers(wiring):
+    """Logits, new statistics and gradients of a training step, on maps of odd sides, at depths 2 and 1."""
+    x, results = images(4, 9, 13, 3), []
+    for programs in PORTABLE, OTHERS:
+        model = create_model("ra_tiny", num_classes=10, wiring=wiring, **programs)
+        variables = random_variables(model, (9, 13, 3))
+
+        def loss(params, x, model=model, variables=variables):
+            logits, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 3]), (logits, new)
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (value, (logits, new)), (gradients, x_gradient) = step(variables["params"], x)
+        results.append(
+            {
+                "loss": value,
+                "logits": logits,
+                "gradients": jax.flatten_util.ravel_pytree(gradients)[0],
+                "gradient of the images": x_gradient,
+            }
+            | {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(new)}
+        )
+    portable, others = results
+    errors = {key: np.linalg.norm(others[key] - value) / np.linalg.norm(value) for key, value in portable.items()}
+    assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
+
+
+def test_the_portable_programs_are_the_default():
+    model = create_model("ra_tiny", num_classes=10)
+    assert model == create_model("ra_tiny", num_classes=10, **PORTABLE)
+    assert {key: getattr(model, key) for key in PORTABLE} == PORTABLE
+
+
+@pytest.mark.parametrize("programs", [PORTABLE, OTHERS], ids=["portable", "others"])
+def test_the_net_is_made_of_the_programs_it_is_given(programs):
+    """A 1x1 kernel is in no convolution of the others; a window and a gather are in none but the portable."""
+    model = create_model("ra_tiny", num_classes=10, **programs)
+    _, variables = trace(model, (8, 8, 3))
+    text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, jnp.zeros((2, 8, 8, 3))).as_text()
+    kernels_of_one = len([line for line in text.splitlines() if "convolution(" in line and "tensor<1x1x" in line])
+    found = kernels_of_one > 0, "reduce_window" in text, "stablehlo.gather" in text
+    assert found == ((True,) * 3 if programs == PORTABLE else (False,) * 3)
+
+
+def test_the_table_of_nets_needs_no_jax():
+    """What checks a config, or lists the nets, starts without seconds of imports."""
+    code = (
+        "import sys; from resattn_jax import models; models.check_options('ra56', {'p': 2}); "
+        "print({name.partition('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax'}, models.NETS['ra56'])"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("set() Spec(")
+
+
+def test_a_type_may_be_named():
+    model = create_model("ra_tiny", num_classes=10, dtype="bfloat16")
+    assert model == create_model("ra_tiny", num_classes=10, dtype=jnp.bfloat16)
+    assert create_model("ra_tiny", num_classes=10).dtype == jnp.float32
+
+
 def test_an_example_does_not_see_its_batch_in_evaluation():
     model = create_model("ra_tiny", num_classes=10)
     variables = random_variables(model, (8, 8, 3))
@@ -160,6 +208,35 @@ def test_bfloat16_keeps_its_variables_in_float32():
     _, variables = trace(model, (8, 8, 3))
     logits, new = jax.eval_shape(functools.partial(model.apply, train=True, mutable=["batch_stats"]), variables, x)
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, variables, new))} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attention", "programs"),
+    [
+        ("bfloat16", "mixed", PORTABLE),
+        ("bfloat16", "channel", OTHERS),
+        ("float16", "spatial", OTHERS),
+        ("float64", "channel", PORTABLE),
+        ("float64", "mixed", OTHERS),
+    ],
+)
+def test_gradients_and_statistics_have_the_type_of_the_variables(dtype, attention, programs):
+    """float32, whatever the net computes in."""
+    with jax.enable_x64(dtype == "float64"):
+        model = create_model("ra_tiny", num_classes=10, dtype=dtype, attention=attention, **programs)
+        pictures = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), pictures)
+
+        def loss(params, rest, x):
+            logits, new = model.apply({"params": params, **rest}, x, train=True, mutable="batch_stats")
+            return logits.sum(), new
+
+        rest = {"batch_stats": variables["batch_stats"]}
+        gradients, new = jax.eval_shape(jax.grad(loss, has_aux=True), variables["params"], rest, pictures)
+    results = {"params": gradients, **new}
+    types, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (results, variables))
+    assert types == expected
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
 
 
 def test_images_of_another_type_are_taken():
@@ -222,14 +299,31 @@ def test_an_unknown_option_is_told_the_nearest_and_all():
         ("learning", "none", "arl, nal"),
         ("mask", True, "encoder_decoder, local_convolutions"),
         ("init", "he", "he_fan_in, he_fan_out, pytorch"),
-        ("p", -1, "0 or more"),
-        ("t", 1.5, "0 or more"),
-        ("r", "2", "0 or more"),
+        ("p", -1, "it must be a number of units, 0 to 64"),
+        ("t", 1.5, "it must be a number of units, 0 to 64"),
+        ("r", "2", "it must be a number of units, 0 to 64"),
+        ("last", 65, "it must be a number of units, 0 to 64"),
+        ("p", True, "it must be a number of units, 0 to 64"),
     ],
 )
 def test_an_unknown_value_is_told_what_there_is(option, value, told):
     with pytest.raises(ValueError, match=rf"{option} is .*{told}"):
         create_model("ra_tiny", num_classes=10, **{option: value})
+    with pytest.raises(ValueError, match=rf"{option} is .*{told}"):
+        check_options("ra_tiny", {option: value})
+
+
+@pytest.mark.parametrize("option", ["p", "t", "r", "last"])
+def test_any_number_of_units_up_to_64_is_taken(option):
+    for units in 0, 64:
+        assert getattr(create_model("ra_tiny", num_classes=10, **{option: units}).spec, option) == units
+
+
+@pytest.mark.parametrize("option", ["pointwise", "pooling", "upsampling"])
+def test_an_unknown_program_is_told_what_there_is(option):
+    told = f"{option} is 'fast'; it must be one of {PORTABLE[option]}, {OTHERS[option]}"
+    with pytest.raises(ValueError, match=told):
+        create_model("ra_tiny", num_classes=10, **{option: "fast"})
 
 
 def test_shapes_of_a_net_are_no_options():

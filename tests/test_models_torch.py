@@ -17,7 +17,8 @@ import torch.nn.functional as F  # noqa: E402
 import torch_reference as reference  # noqa: E402
 
 from resattn_jax.models import NETS  # noqa: E402
-from resattn_jax.models.network import ResidualAttentionNetwork, Stage  # noqa: E402
+from resattn_jax.models.nets import Stage  # noqa: E402
+from resattn_jax.models.network import ResidualAttentionNetwork  # noqa: E402
 
 LOGITS = 1e-5  # relative error of logits in evaluation
 TRAINING = 1e-8  # of whatever a training step gives, in float64

@@ -2,12 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT, free_port
 
 RUN = ["--config.total_steps=6", "--config.batch_size=32", "--config.log_every=3 steps", "--config.eval.every=3 steps"]
 RUN += ["--config.sync_batch_norm=True", "--config.model.p=0", "--config.model.t=1", "--config.model.last=0"]
@@ -22,9 +21,7 @@ def start(workdir, *flags, devices):
 
 
 def start_two(workdir, *flags):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        flags = [*flags, f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    flags = [*flags, f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     return [start(workdir, *flags, f"--process_id={i}", devices=1) for i in range(2)]
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10_ra92, cifar10_ra92_mixup, default
-from resattn_jax.config import Durations
+from resattn_jax.config import Durations, check
 from resattn_jax.errors import UsageError
 from resattn_jax.optimizer import make_optimizer, make_schedule
 
@@ -14,6 +14,7 @@ def schedule(examples=1000, **values):
     c = default.get_config()
     c.batch_size, c.total_steps = 10, values.pop("total_steps", 100)
     c.schedule.update(values)
+    check(c)
     return make_schedule(c, Durations(c, examples))
 
 
@@ -61,10 +62,10 @@ def test_a_duration_that_is_none_is_refused(text):
 def test_exactly_one_total_must_be_set():
     c = default.get_config()
     with pytest.raises(UsageError, match="exactly one"):
-        Durations(c, 100)
+        check(c)
     c.total_steps, c.total_epochs = 3, 3.0
     with pytest.raises(UsageError, match="exactly one"):
-        Durations(c, 100)
+        check(c)
 
 
 def updates(gradients, **values):
@@ -99,3 +100,14 @@ def test_clipping_bounds_the_global_norm():
     """A gradient (3, 3) has norm 3 sqrt(2); clipped to 1 each part is 1 / sqrt(2)."""
     w, b = updates([3.0], weight_decay=0.0, momentum=0.0, clip_norm=1.0)
     assert w == b == pytest.approx(1 - 0.1 / 2**0.5, rel=1e-5)
+
+
+def test_lars_scales_a_kernels_step_by_the_ratio_of_its_norm_to_its_gradients():
+    """You et al. (2017): 0.001 |w| / |g| times g, so 0.1 * 0.001 * 1 for a weight of 1, whatever the gradient.
+
+    A bias has no ratio: 0.1 * g.
+    """
+    for g in (1.0, 4.0):
+        w, b = updates([g], name="lars", weight_decay=0.0, momentum=0.0, nesterov=False)
+        assert w == pytest.approx(1 - 1e-4, rel=1e-6)
+        assert b == pytest.approx(1 - 0.1 * g, rel=1e-6)

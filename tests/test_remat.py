@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models import images, random_variables
+from helpers import built, images, random_variables
 
 from resattn_jax.convert import from_torch, to_torch
-from resattn_jax.experiment import build
 from resattn_jax.models import create_model
 
 
@@ -71,8 +70,8 @@ def test_the_backward_pass_is_given_less_than_half():
 
 
 def test_the_config_asks_for_it_and_a_run_starts_from_the_same_weights(tiny_config, one_device):
-    plain = build(tiny_config, one_device)
+    plain = built(tiny_config, one_device)
     tiny_config.model.remat = True
-    remat = build(tiny_config, one_device)
+    remat = built(tiny_config, one_device)
     assert (plain.model.remat, remat.model.remat) == (False, True)
     assert_close(plain.initial_state().variables, remat.initial_state().variables, 0)

@@ -1,15 +1,15 @@
 """The settings of the machine a run is on."""
 
-import types
-
 import jax
 import numpy as np
+from helpers import ROOT, plain_spec
 
 from resattn_jax import runtime
+from resattn_jax.experiment import build
 
 
 def test_the_options_of_the_cpu_leave_convolutions_to_eigen_and_change_no_result():
-    options = runtime.compiler_options(runtime.make_mesh(jax.devices()[:1]))
+    options = runtime.compiler_options(runtime.CPU, runtime.make_mesh(jax.devices()[:1]))
     assert options
     rng = np.random.default_rng(0)
     x, k = rng.normal(size=(2, 8, 8, 32)).astype(np.float32), rng.normal(size=(3, 3, 32, 32)).astype(np.float32)
@@ -30,11 +30,36 @@ def test_the_options_of_the_cpu_leave_convolutions_to_eigen_and_change_no_result
 
 
 def test_gpus_and_an_xla_without_the_option_have_none(monkeypatch):
-    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    assert runtime.compiler_options.__wrapped__(gpu) is None
+    mesh = runtime.make_mesh(jax.devices()[:1])
+    assert runtime.compiler_options(runtime.GPU, mesh) is None
 
     def unknown(*_, **__):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
 
     monkeypatch.setattr(jax, "jit", unknown)
-    assert runtime.compiler_options.__wrapped__(runtime.make_mesh(jax.devices()[:1])) is None
+    assert runtime.compiler_options.__wrapped__(runtime.CPU, mesh) is None
+
+
+def test_the_platform_is_that_of_the_meshs_devices_and_another_can_be_given(tiny_config, one_device):
+    """A net built here for a GPU, a TPU or an exporter: its programs are theirs, its numbers and weights ours."""
+    mesh = runtime.make_mesh(one_device)
+    assert runtime.platform_of(mesh) is runtime.CPU
+    tiny_config.model.dtype = "float32"
+    images = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
+    here = build(tiny_config, plain_spec(), mesh)
+    variables = here.initial_state().variables
+    expected = here.model.apply(variables, images, train=False)
+    for platform in (runtime.GPU, runtime.TPU, runtime.PORTABLE):
+        there = build(tiny_config, plain_spec(), mesh, platform)
+        assert {key: getattr(there.model, key) for key in platform.layers} == platform.layers
+        assert there.steps_per_dispatch == platform.steps_per_dispatch
+        logits = there.model.apply(variables, images, train=False)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert build(tiny_config, plain_spec(), mesh, runtime.TPU).model.dtype == np.float32
+    tiny_config.model.dtype = "auto"
+    assert str(build(tiny_config, plain_spec(), mesh, runtime.TPU).model.dtype) == "bfloat16"
+
+
+def test_no_module_but_this_one_asks_what_the_devices_are():
+    asking = [p.name for p in (ROOT / "resattn_jax").rglob("*.py") if "default_backend(" in p.read_text("utf-8")]
+    assert asking == []

@@ -15,21 +15,27 @@ import numpy as np
 import PIL.Image
 import psutil
 import pytest
-from conftest import ROOT
-from streaming_host import Numbers
-from test_sources import broken_files
+from helpers import (
+    ROOT,
+    Numbers,
+    assert_same_bits,
+    broken_files,
+    built,
+    final_state,
+    free_port,
+    train_stream,
+)
 
-from resattn_jax.contact_sheet import write_contact_sheet
 from resattn_jax.data.batches import ProcessBatches, ThreadedBatches, TrainBatches
 from resattn_jax.data.order import batch_rows
 from resattn_jax.data.sources import open_source, read
-from resattn_jax.data.streaming import Streaming
+from resattn_jax.data.streaming import StreamingEval, StreamingTrain
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import RunError, UsageError
-from resattn_jax.evaluate import evaluate_checkpoint
-from resattn_jax.experiment import build
-from resattn_jax.runtime import make_mesh
-from resattn_jax.train import train_and_evaluate
+from resattn_jax.modes.evaluate import evaluate_checkpoint
+from resattn_jax.modes.show_data import write_contact_sheet
+from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.runtime import CPU, GPU, make_mesh
 
 PLAIN = TrainTransform(8, False, (0.08, 1.0), (0.75, 4 / 3), (0, 9))
 RANDOM = TrainTransform(24, True, (0.08, 1.0), (0.75, 4 / 3), (2, 9))
@@ -45,12 +51,22 @@ class Deadly(Numbers):
         return super().__getitem__(row)
 
 
-def stream(source, transform=PLAIN, workers=0, skip=False, devices=None):
-    return Streaming(source, make_mesh(devices), transform, workers, skip)
+def stream(source, transform=PLAIN, workers=0, skip=False, devices=None, size=16, seed=3, platform=CPU):
+    return StreamingTrain(
+        source, transform, seed=seed, batch_size=size, workers=workers, skip_broken=skip,
+        shares_host_memory=platform.shares_host_memory, mesh=make_mesh(devices),
+    )  # fmt: skip
 
 
-def batches(pipeline, steps, size=16, seed=3):
-    got = [jax.device_get(pipeline.train_batches(seed, step, 1, size, 1)) for step in steps]
+def eval_stream(source, workers=0, skip=False, size=16, limit=None):
+    return StreamingEval(
+        source, CENTRE, batch_size=size, max_examples=limit, workers=workers, skip_broken=skip,
+        shares_host_memory=True, mesh=make_mesh(),
+    )  # fmt: skip
+
+
+def batches(pipeline, steps):
+    got = [jax.device_get(pipeline.batches(step, 1)) for step in steps]
     pipeline.close()
     return got
 
@@ -87,7 +103,7 @@ def test_the_same_picture_is_cut_otherwise_in_the_next_epoch_and_by_another_seed
         return batch["image"][0][np.argsort(batch["label"][0], kind="stable")]
 
     first, second = batches(stream(source, RANDOM), range(2))
-    (other,) = batches(stream(source, RANDOM), range(1), seed=4)
+    (other,) = batches(stream(source, RANDOM, seed=4), range(1))
     for batch in (second, other):
         np.testing.assert_array_equal(np.sort(first["label"]), np.sort(batch["label"]))
         assert (by_label(first) != by_label(batch)).mean() > 0.9
@@ -108,7 +124,7 @@ def test_hosts_read_disjoint_parts_that_make_up_the_batch_with_randomness_of_the
 )
 def test_an_evaluation_sees_every_example_once(examples, limit, workers):
     seen = []
-    for batch, mask in stream(Numbers(examples), CENTRE, workers).eval_batches(16, limit):
+    for batch, mask in eval_stream(Numbers(examples), workers, limit=limit):
         assert batch["image"].shape == (16, 8, 8, 3)
         seen += list(np.asarray(batch["label"])[np.asarray(mask)])
     assert seen == list(range(limit or examples))
@@ -118,7 +134,7 @@ def test_an_evaluation_that_is_given_up_ends_its_threads():
     import threading
 
     before = threading.active_count()
-    iterator = stream(Numbers(200), CENTRE).eval_batches(16, None)
+    iterator = iter(eval_stream(Numbers(200)))
     next(iterator)
     iterator.close()
     assert threading.active_count() <= before
@@ -126,11 +142,12 @@ def test_an_evaluation_that_is_given_up_ends_its_threads():
 
 def test_label_noise_is_the_same_streamed_and_resident(tiny_config):
     tiny_config.data.label_noise = 0.5
-    resident = build(tiny_config).train
+    tiny_config.batch_size = 64
+    resident = train_stream(tiny_config)
     tiny_config.data.pipeline = "streaming"
-    streamed = build(tiny_config).train
+    streamed = train_stream(tiny_config)
     rows = batch_rows(0, 2, 64, 1437)
-    (batch,) = batches(streamed, [2], size=64, seed=0)
+    (batch,) = batches(streamed, [2])
     np.testing.assert_array_equal(batch["label"][0], np.asarray(resident.arrays["label"])[rows])
     clean = read(open_source("digits", "train")).labels
     assert 0.45 < (np.asarray(resident.arrays["label"]) != clean).mean() < 0.55
@@ -143,15 +160,15 @@ def test_a_broken_picture_ends_the_run_with_its_name():
     with pytest.raises(UsageError, match=r"example 9 cannot be read: .*set config.data.broken=skip"):
         batches(stream(Numbers(20, broken={9})), range(2))
     with pytest.raises(UsageError, match="example 9 cannot be read"):
-        list(stream(Numbers(20, broken={9}), CENTRE).eval_batches(8, None))
+        list(eval_stream(Numbers(20, broken={9}), size=8))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_pictures_are_told_of_and_counted_once_and_others_stand_in_their_places(caplog, workers):
     broken = {3, 9, 17}
-    pipeline = stream(Numbers(24, broken), PLAIN, workers, skip=True)
+    pipeline = stream(Numbers(24, broken), PLAIN, workers, skip=True, size=8)
     with caplog.at_level(logging.WARNING, "resattn_jax"):
-        got = batches(pipeline, range(6), size=8)  # two epochs
+        got = batches(pipeline, range(6))  # two epochs
     assert pipeline.skipped == 3
     assert sorted(r.args[0] for r in caplog.records) == ["example 17", "example 3", "example 9"]
     assert not broken & set(np.concatenate([b["label"][0] for b in got]))
@@ -160,13 +177,13 @@ def test_skipped_pictures_are_told_of_and_counted_once_and_others_stand_in_their
         kept = ~np.isin(rows, list(broken))
         np.testing.assert_array_equal(batch["label"][0][kept], rows[kept])
         np.testing.assert_array_equal(batch["image"][0, :, 0, 0, 0], batch["label"][0])
-    again = batches(stream(Numbers(24, broken), PLAIN, 0, skip=True), range(6), size=8)
+    again = batches(stream(Numbers(24, broken), PLAIN, 0, skip=True, size=8), range(6))
     jax.tree.map(np.testing.assert_array_equal, got, again)
 
 
 def test_skipped_pictures_do_not_count_in_an_evaluation():
-    pipeline, seen = stream(Numbers(24, {0, 23}), CENTRE, skip=True), []
-    for batch, mask in pipeline.eval_batches(16, None):
+    pipeline, seen = eval_stream(Numbers(24, {0, 23}), skip=True), []
+    for batch, mask in pipeline:
         seen += list(np.asarray(batch["label"])[np.asarray(mask)])
     assert seen == list(range(1, 23))
     assert pipeline.skipped == 2
@@ -174,7 +191,7 @@ def test_skipped_pictures_do_not_count_in_an_evaluation():
 
 def test_a_set_of_broken_pictures_alone_is_an_error():
     with pytest.raises(UsageError, match="of 20 pictures none could be read; the last was example"):
-        batches(stream(Numbers(8, range(8)), skip=True), range(1), size=8)
+        batches(stream(Numbers(8, range(8)), skip=True, size=8), range(1))
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait():
@@ -237,8 +254,6 @@ def test_a_run_on_a_folder_learns_keeps_the_classes_and_is_measured(folder_confi
 
 
 def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(folder_config, one_device, tmp_path):
-    from test_train import assert_same_bits, final_state
-
     folder_config.schedule.name, folder_config.augment.mixup_off_last = "constant", "0 steps"
     straight = folder_config.copy_and_resolve_references()
     train_and_evaluate(straight, tmp_path / "straight", one_device)
@@ -272,7 +287,7 @@ def test_thirty_broken_files_in_a_folder_are_named_counted_and_left_out(folder_c
 def test_classes_that_differ_between_splits_are_an_error(folder_config, folder):
     (folder / "val/red").rename(folder / "val/green")
     with pytest.raises(UsageError, match="differ between its splits: only train has red; only val has green"):
-        build(folder_config)
+        built(folder_config)
 
 
 def test_a_contact_sheet_shows_the_batch(folder_config, tmp_path):
@@ -290,45 +305,44 @@ def test_a_contact_sheet_shows_the_batch(folder_config, tmp_path):
         ("data.pipeline", "fast", "it must be one of auto, resident, streaming"),
         ("data.image_size", None, "set config.data.image_size, say to 224"),
         ("data.mean_image", True, "config.data.mean_image is for resident sets"),
-        ("data.label_noise", 1.5, "is a share of the labels, from 0 to 1, not 1.5"),
+        ("data.label_noise", 1.5, "config.data.label_noise is 1.5; it must be from 0 to 1"),
         ("data.workers", -1, "config.data.workers is -1; it must be 0 or more"),
-        ("data.image_size", -8, "config.data.image_size is -8; it must be over 0"),
+        ("data.image_size", -8, "config.data.image_size is -8; it must be 8 or more"),
         ("seed", -1, "config.seed is -1; it must be 0 or more"),
         ("augment.randaugment_magnitude", 30.0, "it must be from 0 to 10"),
         ("augment.crop_aspect", (1.0,), r"write \(least, most\), such as \(0.75, 1.33\)"),
-        ("eval.max_examples", 0, "config.eval.max_examples is 0; it must be over 0"),
+        ("eval.max_examples", 0, "config.eval.max_examples is 0; it must be 1 or more"),
         ("data.broken", "ignore", "it must be one of fail, skip"),
         ("steps_per_dispatch", 4, "config.steps_per_dispatch must be 1, or unset"),
         ("augment.crop_area", (0.5, 0.1), r"write \(least, most\), such as \(0.08, 1.0\)"),
-        ("augment.color_jitter", (0.5, 2.0, 0.0), "write three numbers from 0 to 1"),
+        ("augment.color_jitter", (0.5, 2.0, 0.0), "write 3 numbers, from 0 to 1, such as"),
         ("eval.views", 3, "it must be one of 1, 2, 10"),
-        ("eval.crop_fraction", 1.5, "it must be over 0 and at most 1"),
+        ("eval.crop_fraction", 1.5, "it must be from 0.01 to 1"),
     ],
 )
 def test_what_cannot_be_is_told(folder_config, key, value, message):
     with folder_config.ignore_type():
         folder_config.update_from_flattened_dict({key: value})
     with pytest.raises(UsageError, match=message):
-        build(folder_config)
+        built(folder_config)
 
 
 def test_a_set_of_one_size_is_resident_unless_something_needs_the_host(tiny_config):
-    from resattn_jax.data.resident import Resident
-
-    assert isinstance(build(tiny_config).train, Resident)
+    assert built(tiny_config).spec.resident
     tiny_config.augment.random_resized_crop = True
-    assert isinstance(build(tiny_config).train, Streaming)
+    assert not built(tiny_config).spec.resident
     tiny_config.data.pipeline = "resident"
     with pytest.raises(UsageError, match=r"cannot be resident: config.augment.random_resized_crop is set"):
-        build(tiny_config)
+        built(tiny_config)
 
 
 def test_memory_stays_flat_over_fifty_epochs_of_the_sample(tfds_dir):
     source = open_source("imagenet2012", "train", tfds_dir)
     transform = TrainTransform(64, True, (0.08, 1.0), (0.75, 4 / 3), (0, 9))
-    pipeline, process, used = stream(source, transform, devices=jax.devices()[:1]), psutil.Process(), []
+    pipeline = stream(source, transform, devices=jax.devices()[:1], size=300, seed=0)
+    process, used = psutil.Process(), []
     for step in range(50):  # a batch is an epoch
-        pipeline.train_batches(0, step, 1, 300, 1)
+        pipeline.batches(step, 1)
         if step % 10 == 9:
             gc.collect()
             used.append(process.memory_info().rss / 2**20)
@@ -336,11 +350,11 @@ def test_memory_stays_flat_over_fifty_epochs_of_the_sample(tfds_dir):
     assert max(used[1:]) - used[0] < 40, used  # MB; one epoch is 3.5 MB of pixels and 35 MB of files
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # the machine's first; the mesh is of CPUs
-def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_again(backend, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_again():
+    assert CPU.shares_host_memory
+    assert not GPU.shares_host_memory
     pipeline = stream(Numbers(250), devices=jax.devices()[:1])
-    held = [pipeline.train_batches(3, step, 1, 16, 1) for step in range(12)]
+    held = [pipeline.batches(step, 1) for step in range(12)]
     time.sleep(0.2)
     pipeline.close()
     for step, batch in enumerate(held):
@@ -349,11 +363,7 @@ def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_agai
 
 def test_two_hosts_read_parts_of_each_batch_that_have_nothing_in_common():
     """Two processes, a device each: together they make the batches, and measure every example once."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    coordinator = f"localhost:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     hosts = [
         subprocess.Popen(

@@ -3,17 +3,19 @@
 import jax
 import numpy as np
 import pytest
+from helpers import built, eval_stream
 
 from configs import digits
-from resattn_jax.checkpoint import Checkpoints
+from resattn_jax.checkpoint import Reader, Writer
 from resattn_jax.convert import read_torch, to_torch, write_torch
 from resattn_jax.errors import UsageError
-from resattn_jax.evaluate import evaluate_checkpoint
-from resattn_jax.experiment import build
+from resattn_jax.experiment import create_state
+from resattn_jax.fine_tune import start_from
 from resattn_jax.models import create_model
-from resattn_jax.train import train_and_evaluate
-from resattn_jax.train_step import create_state
-from resattn_jax.transfer import export_torch, import_torch, start_from
+from resattn_jax.modes.evaluate import evaluate_checkpoint
+from resattn_jax.modes.export import export_torch
+from resattn_jax.modes.import_ import import_torch
+from resattn_jax.modes.train import train_and_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def variables():
 
 def fresh_state(experiment, model):
     """The state of step 0 of another model, compiled, which is faster than one operation after the other."""
-    return jax.jit(lambda: create_state(model, experiment.optimizer, experiment.recipe, (8, 8, 1)))()
+    return jax.jit(lambda: create_state(model, experiment.optimizer, (8, 8, 1), seed=0, ema=True))()
 
 
 @pytest.fixture
@@ -48,10 +50,10 @@ def test_an_imported_checkpoint_is_measured_and_exported_to_the_same_bits(
     cifar_net_on_digits.eval.max_examples = 20
     cifar_net_on_digits.eval.batch_size = 20
     measured = evaluate_checkpoint(cifar_net_on_digits, tmp_path / "run", "newest", one_device)
-    experiment = build(cifar_net_on_digits, one_device)
-    images = (np.asarray(experiment.test.arrays["image"][:20], np.float32) / 255 - 0.306) / 0.377
+    experiment, test = built(cifar_net_on_digits, one_device), eval_stream(cifar_net_on_digits, one_device)
+    images = (np.asarray(test.arrays["image"][:20], np.float32) / 255 - 0.306) / 0.377
     logits = experiment.model.apply(variables, images, train=False)
-    labels = np.asarray(experiment.test.arrays["label"][:20])
+    labels = np.asarray(test.arrays["label"][:20])
     assert measured["top1"] == pytest.approx(np.mean(np.argmax(logits, -1) == labels))
 
     export_torch(cifar_net_on_digits, tmp_path / "run", "newest", str(tmp_path / "out.safetensors"))
@@ -79,14 +81,14 @@ def test_import_tells_of_what_it_cannot_take(cifar_net_on_digits, variables, tmp
 
 
 def test_a_run_cannot_go_on_from_an_imported_checkpoint_but_can_start_from_it(tiny_config, one_device, tmp_path):
-    experiment = build(tiny_config, one_device)
+    experiment = built(tiny_config, one_device)
     state = experiment.initial_state()
-    with Checkpoints(tmp_path / "imported") as checkpoints:
+    with Writer(tmp_path / "imported" / "checkpoints") as checkpoints:
         checkpoints.save_model(0, jax.tree.map(lambda x: x + 1, dict(state.variables)))
     with pytest.raises(UsageError, match=r"no run can go on from it;.*--config.init_from"):
         train_and_evaluate(tiny_config, tmp_path / "imported", one_device)
 
-    started, fresh = start_from(state, str(tmp_path / "imported"))
+    started, fresh = start_from(state, str(tmp_path / "imported"), tiny_config)
     assert fresh == []
     for old, new in zip(jax.tree.leaves(state.variables), jax.tree.leaves(started.variables), strict=True):
         np.testing.assert_array_equal(new, old + 1)
@@ -97,30 +99,30 @@ def test_a_run_cannot_go_on_from_an_imported_checkpoint_but_can_start_from_it(ti
 def test_fine_tuning_takes_what_fits_and_lists_what_does_not(tiny_config, one_device, tmp_path):
     """A run on ten classes gives its weights to a net of seven, all but the head's."""
     train_and_evaluate(tiny_config, tmp_path / "first", one_device)
-    experiment = build(tiny_config, one_device)
+    experiment = built(tiny_config, one_device)
     seven = fresh_state(experiment, experiment.model.clone(num_classes=7))
-    started, fresh = start_from(seven, f"{tmp_path / 'first'}:best")
+    started, fresh = start_from(seven, f"{tmp_path / 'first'}:best", tiny_config)
     assert sorted(fresh) == [
         "params/head/bias starts fresh: (7,) here, (10,) there",
         "params/head/kernel starts fresh: (16, 7) here, (16, 10) there",
     ]
-    with Checkpoints(tmp_path / "first") as checkpoints:
-        given = checkpoints.read_eval_variables(checkpoints.find("best"))
+    with Reader(tmp_path / "first" / "checkpoints") as checkpoints:
+        given = checkpoints.read_eval_variables(checkpoints.find("best")[0])
     np.testing.assert_array_equal(started.params["stem_conv"]["kernel"], given["params"]["stem_conv"]["kernel"])
     np.testing.assert_array_equal(started.params["head"]["kernel"], seven.params["head"]["kernel"])
 
     tiny_config.init_from = str(tmp_path / "first")
-    tiny_config.total_steps = 2
+    tiny_config.total_steps, tiny_config.schedule.warmup, tiny_config.augment.mixup_off_last = 2, "1 steps", "0 steps"
     assert train_and_evaluate(tiny_config, tmp_path / "second", one_device)["step"] == 2
 
 
 def test_another_nets_checkpoint_is_refused(tiny_config, one_device, tmp_path):
-    experiment = build(tiny_config, one_device)
-    with Checkpoints(tmp_path / "first") as checkpoints:
+    experiment = built(tiny_config, one_device)
+    with Writer(tmp_path / "first" / "checkpoints") as checkpoints:
         checkpoints.save_model(0, dict(experiment.initial_state().variables))
     other = create_model("ra_tiny", num_classes=10, p=0, t=1, last=0)
     state = fresh_state(experiment, other)
     with pytest.raises(UsageError, match=r"only 0% of the parameters are in .*: it is of another net"):
-        start_from(state, str(tmp_path / "first"))
+        start_from(state, str(tmp_path / "first"), tiny_config)
     with pytest.raises(UsageError, match="there is no checkpoint in"):
-        start_from(state, str(tmp_path / "nowhere"))
+        start_from(state, str(tmp_path / "nowhere"), tiny_config)

@@ -11,6 +11,8 @@ import dataclasses
 import itertools
 import os
 import queue
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -25,7 +27,9 @@ from resattn_jax.errors import RunError, UsageError, reason
 
 _AHEAD = 2  # batches that are begun before they are asked for, so that no thread waits at the end of one
 _TOGETHER = 8  # examples that a thread takes at a time: handing over each by itself costs a twentieth of decoding it
-_TRIES = 20  # of an example's place in the batch, before a set is taken to be broken as a whole
+_TRIES = 20  # for an example; then the whole set is taken to be broken
+
+Written = tuple[int, bool, list[tuple[str, str]]]  # an example's label, whether it counts, and what was broken
 
 
 class Batch(NamedTuple):
@@ -39,13 +43,13 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """An endless sequence of shuffled batches; this host's part of each, at `places` of the global batch."""
+    """An endless sequence of shuffled batches; this host's part of each, at `positions` of the global batch."""
 
     source: Source
     transform: TrainTransform
     seed: int
     batch_size: int
-    places: np.ndarray
+    positions: np.ndarray
 
     def __len__(self) -> int:
         return 1 << 40
@@ -56,15 +60,16 @@ class TrainBatches:
         return (self.transform.size, self.transform.size, 3)
 
     def rows(self, step: int) -> np.ndarray:
-        """Rows of the source, int32 [len(places)]."""
-        return batch_rows(self.seed, step, self.batch_size, len(self.source))[self.places]
+        """Rows of the source, int32 [len(positions)]."""
+        return batch_rows(self.seed, step, self.batch_size, len(self.source))[self.positions]
 
-    def write(self, step: int, place: int, row: int, out: np.ndarray) -> tuple[int, bool, list[tuple[str, str]]]:
+    def write(self, step: int, position: int, row: int, out: np.ndarray) -> Written:
         """Writes an example to `out`; returns its label, True and what was broken. Randomness belongs to the position.
 
         In place of a broken picture stands another, drawn by the position too. Raises UsageError when many are broken.
         """
-        rng, broken = np.random.default_rng([self.seed, step * self.batch_size + place, 1]), []
+        rng = np.random.default_rng([self.seed, step * self.batch_size + position, 1])
+        broken: list[tuple[str, str]] = []
         for _ in range(_TRIES):
             try:
                 data, label = self.source[row]
@@ -79,13 +84,13 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """The first `count` examples of a source in their order; this host's part of each batch, at `places` of it."""
+    """The first `count` examples of a source in their order; this host's part of each batch, at `positions` of it."""
 
     source: Source
     transform: EvalTransform
     count: int
     batch_size: int
-    places: np.ndarray
+    positions: np.ndarray
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -97,11 +102,11 @@ class EvalBatches:
         return (size, size, 3) if views == 1 else (views, size, size, 3)
 
     def rows(self, step: int) -> np.ndarray:
-        """Rows of the source, int32 [len(places)]; -1 where the last batch is filled up."""
-        rows = step * self.batch_size + self.places
+        """Rows of the source, int32 [len(positions)]; -1 where the last batch is filled up."""
+        rows = step * self.batch_size + self.positions
         return np.where(rows < self.count, rows, -1)
 
-    def write(self, step: int, place: int, row: int, out: np.ndarray) -> tuple[int, bool, list[tuple[str, str]]]:
+    def write(self, step: int, position: int, row: int, out: np.ndarray) -> Written:
         """Writes an example to `out`; returns its label, whether it counts, and what was broken."""
         if row >= 0:
             try:
@@ -124,7 +129,7 @@ class ThreadedBatches:
 
     def __init__(self, batches: TrainBatches | EvalBatches, start: int, threads: int):
         self._batches, self._pool = batches, ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._free = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         self._steps = iter(range(start, len(batches)))
         self._ahead = collections.deque(self._begin(s) for s in itertools.islice(self._steps, _AHEAD))
 
@@ -146,17 +151,17 @@ class ThreadedBatches:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, step: int) -> tuple[np.ndarray, list[Future]]:
+    def _begin(self, step: int) -> tuple[np.ndarray, list[Future[list[Written]]]]:
         try:
             images = self._free.get_nowait()
         except queue.Empty:
-            images = np.empty((len(self._batches.places), *self._batches.image_shape), np.uint8)
+            images = np.empty((len(self._batches.positions), *self._batches.image_shape), np.uint8)
         rows = self._batches.rows(step).tolist()
-        work = list(zip(self._batches.places.tolist(), rows, images, strict=True))
+        work = list(zip(self._batches.positions.tolist(), rows, images, strict=True))
         parts = [work[i : i + _TOGETHER] for i in range(0, len(work), _TOGETHER)]
         return images, [self._pool.submit(self._write, step, part) for part in parts]
 
-    def _write(self, step: int, part: list) -> list:
+    def _write(self, step: int, part: list[tuple[int, int, np.ndarray]]) -> list[Written]:
         return [self._batches.write(step, *args) for args in part]
 
 
@@ -183,7 +188,10 @@ class ProcessBatches:
         except (StopIteration, UsageError):  # what a worker raises comes through Grain as it is
             raise
         except Exception as error:
-            raise RunError(f"a data worker failed: {reason(error)}") from error
+            said, advice = reason(error), ""
+            if "-7" in said:  # SIGBUS, of memory that /dev/shm does not have
+                advice = "; /dev/shm is too small for what workers hand over: enlarge it, or set config.data.workers=0"
+            raise RunError(f"a data worker failed: {said}{advice}") from error
 
     def give_back(self, images: np.ndarray) -> None:
         """Shared memory goes back by itself."""
@@ -197,28 +205,38 @@ class _Whole:
     """What Grain sends to a worker: batches by number, each made by the worker's own threads."""
 
     def __init__(self, batches: TrainBatches | EvalBatches, threads: int):
-        self._batches, self._threads, self._pool = batches, threads, None
+        self._batches, self._threads = batches, threads
+        self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, step: int) -> Batch:
-        self._pool = self._pool or ThreadPoolExecutor(self._threads)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads)
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         batches = self._batches
-        images = np.empty((len(batches.places), *batches.image_shape), np.uint8)
-        work = zip(batches.places.tolist(), batches.rows(step).tolist(), images, strict=True)
+        images = np.empty((len(batches.positions), *batches.image_shape), np.uint8)
+        work = zip(batches.positions.tolist(), batches.rows(step).tolist(), images, strict=True)
         return _collect(images, list(self._pool.map(lambda args: batches.write(step, *args), work)))
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this worker when the process that started it is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def load(batches: TrainBatches | EvalBatches, start: int, workers: int) -> ThreadedBatches | ProcessBatches:
     """Iterates over batches from number `start` on. workers: processes; 0 for threads of this one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(cores // max(workers, 1), 1) + 1  # one more, as some of them wait for the disk or for Python's lock
     if workers == 0:
         return ThreadedBatches(batches, start, threads)
     return ProcessBatches(batches, start, workers, threads)
 
 
-def _collect(images: np.ndarray, written: list[tuple[int, bool, list[tuple[str, str]]]]) -> Batch:
+def _collect(images: np.ndarray, written: list[Written]) -> Batch:
     labels, mask, broken = zip(*written, strict=True)
     return Batch(images, np.array(labels, np.int32), np.array(mask), tuple(itertools.chain(*broken)))

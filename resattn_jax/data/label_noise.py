@@ -1,4 +1,4 @@
-"""Label noise as the paper makes it (section 4.1, table 5)."""
+"""Label noise as in the paper (section 4.1, table 5)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from resattn_jax.errors import UsageError
 
 
 class NoisySource:
-    """A source whose labels are drawn anew from their rows of the confusion matrix, a function of the seed.
+    """A source with noisy labels: each is drawn once from its row of a confusion matrix, by the seed.
 
-    The matrix has 1 - noise on the diagonal and noise / (classes - 1) elsewhere; the paper's clean ratio r is
+    The matrix has 1 - noise on the diagonal and noise / (classes - 1) elsewhere. The paper's clean ratio r is
     1 - noise.
     """
 
     def __init__(self, source: Source, noise: float, seed: int):
-        """Raises UsageError when noise is not in [0, 1]."""
+        """Raises UsageError if noise is not in [0, 1]."""
         if not 0 <= noise <= 1:
             raise UsageError(f"config.data.label_noise is a share of the labels, from 0 to 1, not {noise}")
         self._source, self.class_names, self.image_shape = source, source.class_names, source.image_shape
         rng = np.random.default_rng([seed, 0x1ABE1])
         wrong = rng.random(len(source)) < noise
-        self._shifts = np.where(wrong, rng.integers(1, len(self.class_names), len(source)), 0)  # to each other alike
+        # What is added to each label, modulo the number of classes. All wrong classes are equally likely.
+        self._shifts = np.where(wrong, rng.integers(1, len(self.class_names), len(source)), 0)
 
     def __len__(self) -> int:
         return len(self._source)

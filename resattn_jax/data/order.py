@@ -1,4 +1,4 @@
-"""The order of training: which example stands where, a function of the seed and the place alone."""
+"""The order of training: which example stands where, a function of the seed and the position alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def batch_rows(seed: int, step: int, batch_size: int, examples: int) -> np.ndarr
     Epochs follow each other without a gap: each shows every example once, and one may end within a batch.
     """
     position = np.arange(step * batch_size, (step + 1) * batch_size)
-    epoch, place = position // examples, position % examples
+    epoch, index = position // examples, position % examples
     rows = np.empty(batch_size, np.int32)
     for e in range(epoch[0], epoch[-1] + 1):
-        rows[epoch == e] = epoch_order(seed, e, examples)[place[epoch == e]]
+        rows[epoch == e] = epoch_order(seed, e, examples)[index[epoch == e]]
     return rows

@@ -1,6 +1,7 @@
-"""Pictures: the bytes of a JPEG, PNG, WebP or other image file, and the RGB pixels in them.
+"""Pictures: the content of a JPEG, PNG, WebP or other image file, and the pixels in it.
 
-libjpeg-turbo (through simplejpeg) decodes the usual JPEG; Pillow the rest, and every JPEG the former finds fault with.
+libjpeg-turbo (through simplejpeg) decodes the usual JPEG. Pillow decodes the rest, and every JPEG that libjpeg-turbo
+warns of.
 """
 
 from __future__ import annotations
@@ -11,33 +12,50 @@ import threading
 import warnings
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import simplejpeg
 
 from resattn_jax.errors import reason
 
-MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS  # 89 million; what claims to be larger is taken for a decompression bomb
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # whatever the name says; Pillow would start programs for others
+MAX_PIXELS = PIL.Image.MAX_IMAGE_PIXELS or 89_478_485  # a file that claims more is taken for a decompression bomb
 
-# Of sizes, which are checked here, and of odd metadata. Not in `catch_warnings`, which is for one thread at a time.
+# Kinds by their content, and the endings of their files' names. Pillow would start programs for some other kinds.
+_AVIF = PIL.features.check("avif")  # not in every build of Pillow
+_KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if _AVIF else []))
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", *([".avif"] if _AVIF else [])),
+)
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
+_PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # the chunks that make the pixels
+
+# What libjpeg says of a file in which data ends before the picture does.
+_MISSING = re.compile("premature end of data segment|found marker 0xd9 instead of RST")
+# What libjpeg says of data between the last row and the end of the file: the number of bytes.
+_LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
+
+# Pillow warns of large sizes, which are checked here, and of odd metadata. `catch_warnings` would not do: it is for one
+# thread at a time.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenPicture(Exception):
-    """The bytes are no picture, or not all of one, or of one too large; the message is the reason."""
+    """The file is no picture, or not a whole one, or one that is too large. The message is the reason."""
 
 
 class Scratch(threading.local):
-    """Memory that each thread keeps for the pixels it works on: asking the kernel for it takes as long as a resize."""
+    """Memory that each thread keeps for pixels: asking the kernel for it takes as long as a resize."""
 
     _LARGEST = 16 << 20
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory = np.empty(1 << 20, np.uint8)
 
     def room(self, size: int) -> np.ndarray | None:
-        """uint8 of at least `size`, or None for more than is worth keeping."""
+        """uint8 [size or more], or None if the size is too large to be kept."""
         if size > self._LARGEST:
             return None
         if size > len(self._memory):
@@ -48,44 +66,58 @@ class Scratch(threading.local):
 class Picture:
     """A picture whose header has been read. height and width are in pixels.
 
-    EXIF orientation is not applied, as it was not when the published nets were trained.
+    EXIF orientation is not applied: the published nets were trained without it.
     """
 
     def __init__(self, data: bytes):
         """Raises BrokenPicture."""
-        self._data, self._image = data, None
+        self._data, self._inks = data, False
+        self._image: PIL.Image.Image | None = None
         if not data:
             raise BrokenPicture("the file is empty")
-        try:
-            self.height, self.width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if colorspace in ("CMYK", "YCCK"):
-                self._open()
-        except ValueError:  # no JPEG, or one that only Pillow can make something of
+        if not data.startswith(_JPEG):
             self._open()
+        else:
+            try:
+                self.height, self.width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+                self._inks = colorspace in ("CMYK", "YCCK")
+            except ValueError:  # Pillow may read it nevertheless
+                self._open()
+            if self._inks:
+                self._open()
         if self.height * self.width > MAX_PIXELS:
             raise BrokenPicture(f"it claims to have {self.height} x {self.width} pixels, more than {MAX_PIXELS:,}")
 
-    def pixels(self, shrink: int = 1) -> np.ndarray:
-        """RGB pixels, uint8 [ceil(height / shrink), ceil(width / shrink), 3]; shrink is 1, 2, 4 or 8.
+    def pixels(self, shrink: int = 1, channels: int = 3) -> np.ndarray:
+        """Pixels, uint8 [ceil(height / shrink), ceil(width / shrink), channels]. shrink is 1, 2, 4 or 8.
 
-        The decoder itself does the shrinking of a JPEG. Raises BrokenPicture.
+        channels is 1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGBA. What is transparent lies on white paper
+        where no alpha is asked for. The decoder itself shrinks a JPEG. Raises BrokenPicture.
         """
         height, width = -(-self.height // shrink), -(-self.width // shrink)
-        if self._image is None:
+        if self._image is None and channels in (1, 3):
             try:
-                return simplejpeg.decode_jpeg(self._data, min_height=height, min_width=width)
-            except ValueError:  # also raised for what only warrants a warning; Pillow tells one from the other
+                space = "RGB" if channels == 3 else "GRAY"
+                return simplejpeg.decode_jpeg(self._data, space, min_height=height, min_width=width)
+            except ValueError as error:  # a warning is a ValueError too; Pillow decides whether it is one
+                _check_complete(error)
                 self._open()
+        if self._inks:
+            self._check_inks()
         try:
-            image = to_rgb(self._image)
+            image = PIL.Image.fromarray(self.pixels()) if self._image is None else self._image
+            image = to_mode(image, channels)
+            content = (image if shrink == 1 else image.reduce(shrink)).tobytes()  # quicker than np.asarray
+        except BrokenPicture:
+            raise
         except Exception as error:  # Pillow's decoders raise many kinds
             raise BrokenPicture(reason(error)) from error
-        return np.asarray(image if shrink == 1 else image.reduce(shrink))
+        return np.frombuffer(content, np.uint8).reshape(height, width, channels)
 
     def top_pixels(self, rows: int, shrink: int, scratch: Scratch) -> np.ndarray:
-        """As `pixels`, for training: quicker, less exact, and only the first `rows` of the picture or more.
+        """RGB pixels for training: quicker than `pixels`, less exact, and only the first `rows` of the picture or more.
 
-        The pixels stand in `scratch` until this thread asks for others.
+        They stay in `scratch` until this thread asks for other pixels. Raises BrokenPicture.
         """
         rows = min(-(-rows // 16) * 16, self.height)
         height, width = -(-rows // shrink), -(-self.width // shrink)
@@ -98,13 +130,29 @@ class Picture:
         try:
             simplejpeg.decode_jpeg(data, fastdct=True, min_height=height, min_width=width, buffer=memory)
         except ValueError as error:
-            if rows == self.height or not re.search(_LEFT_OVER, str(error)):
+            left_over = _LEFT_OVER.search(str(error))
+            if rows == self.height or not left_over:
                 return self.pixels(shrink)
+            if self._seems_incomplete(rows, int(left_over[1])):
+                self.pixels(8)  # raises BrokenPicture if it is
         return memory[: height * width * 3].reshape(height, width, 3)
 
-    def _open(self) -> None:
+    def _seems_incomplete(self, rows: int, left_over: int) -> bool:
+        """Whether the rows below the first `rows` have less than a quarter of their bytes a row."""
+        used = len(self._data) - left_over - max(self._data.find(b"\xff\xda"), 0)  # the header ends about there
+        return 4 * left_over * rows < used * (self.height - rows)
+
+    def _check_inks(self) -> None:
+        """Raises BrokenPicture if a CMYK JPEG is incomplete, of which Pillow says nothing."""
         try:
-            self._image = PIL.Image.open(io.BytesIO(self._data), formats=_KINDS)
+            simplejpeg.decode_jpeg(self._data, "CMYK", min_height=1, min_width=1)
+        except ValueError as error:
+            _check_complete(error)
+
+    def _open(self) -> None:
+        data, kinds = (_bare_png(self._data), ("PNG",)) if self._data.startswith(_PNG) else (self._data, _KINDS)
+        try:
+            self._image = PIL.Image.open(io.BytesIO(data), formats=kinds)
         except PIL.UnidentifiedImageError:
             raise BrokenPicture("it is no image of a known kind") from None
         except Exception as error:
@@ -112,22 +160,44 @@ class Picture:
         self.width, self.height = self._image.size
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey, palette, CMYK and 16-bit images as RGB; what is transparent as if it lay on white paper."""
+def to_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:
+    """Grey, palette, CMYK and 16-bit images with 1, 2, 3 or 4 channels of 8 bits, as `Picture.pixels` has them."""
+    mode = _MODES[channels]
+    if image.mode == mode and (mode != "RGB" or "transparency" not in image.info):
+        return image
+    if image.mode == "F":
+        raise BrokenPicture("its pixels are floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip them at 255
         image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if "A" in image.mode.upper() or "transparency" in image.info:
+    if channels in (1, 3) and ("A" in image.mode.upper() or "transparency" in image.info):
         image = image.convert("RGBA")
         paper = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(paper, image)
-    return image.convert("RGB")
+    return image.convert(mode)
 
 
-_LEFT_OVER = "extraneous bytes before marker 0xd9$"  # libjpeg's warning of data after the last row, once all is done
+def _check_complete(error: ValueError) -> None:
+    """Raises BrokenPicture if libjpeg's warning is of missing data, for which it puts grey."""
+    if _MISSING.search(str(error)):
+        raise BrokenPicture(f"it holds less than its header claims ({error})") from error
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile: Pillow refuses those of more than a megabyte."""
+    place, dropped = len(_PNG), []
+    while place < len(data):  # chunks: a length, a kind, so many bytes, a checksum
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] not in _PNG_PIXELS:
+            dropped.append((place, end))
+        place = end
+    if not dropped:
+        return data
+    starts, ends = [0, *(end for _, end in dropped)], [*(start for start, _ in dropped), len(data)]
+    return b"".join(data[start:end] for start, end in zip(starts, ends, strict=True))
 
 
 def _cut_off(data: bytes, rows: int) -> bytes | None:
-    """A sequential JPEG whose header claims so many rows, so that the decoder stops there; None for another kind.
+    """A sequential JPEG whose header claims so many rows, so that the decoder stops there. None for other kinds.
 
     The format: ITU-T T.81, B.2: segments of a marker and a length, of which SOF0 or SOF1 holds the height.
     """

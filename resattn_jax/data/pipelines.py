@@ -1,66 +1,257 @@
-"""Both splits of the data a config asks for, each in the pipeline that suits it: resident or streaming."""
+"""The data a config asks for, opened: what a net has to know of it, and its streams, resident or streaming."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import logging
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from resattn_jax.config import choose
+from resattn_jax.data import resident, streaming
 from resattn_jax.data.label_noise import NoisySource
-from resattn_jax.data.resident import Resident
-from resattn_jax.data.sources import Source, open_source, read
-from resattn_jax.data.streaming import Streaming
+from resattn_jax.data.sources import Examples, Source, Split, open_source, read
+from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import UsageError
+from resattn_jax.runtime import Platform
+
+log = logging.getLogger("resattn_jax")
 
 RESIDENT_BYTES = 2 << 30  # a larger set leaves a small device too little room for the net
 
-Pipeline = Resident | Streaming
+
+class TrainStream(Protocol):
+    """Batches to train on. The batch of step k is a function of (seed, k).
+
+    examples: of the set. skipped: broken pictures met so far. arrays: lie whole on every device. take: what makes
+    images uint8 [B, H, W, C] and labels int32 [B] of `arrays` and a batch, inside the compiled step.
+    """
+
+    examples: int
+    arrays: dict[str, jax.Array]
+
+    @property
+    def skipped(self) -> int: ...
+
+    def take(self, arrays: Any, batch: Any) -> tuple[jax.Array, jax.Array]: ...
+
+    def batches(self, step: int, count: int) -> Any:
+        """The batches of `count` steps from `step` on, every leaf [steps_per_dispatch, B, …], B sharded."""
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
 
 
-def open_pipelines(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Pipeline, Pipeline, np.ndarray | None]:
-    """The training and the evaluation split, and with config.data.mean_image the former's mean image, else None.
+class EvalStream(Protocol):
+    """Batches to measure by; iterating gives (batch, mask bool [B]), every example once. Fields as in TrainStream."""
 
-    The mean image is [H, W, C], of pixels in [0, 1]. Raises UsageError for what the config asks of the data in vain.
+    arrays: dict[str, jax.Array]
+
+    @property
+    def skipped(self) -> int: ...
+
+    def take(self, arrays: Any, batch: Any) -> tuple[jax.Array, jax.Array]: ...
+
+    def __iter__(self) -> Iterator[tuple[Any, jax.Array]]: ...
+
+
+class TrainingData:
+    """Both splits of a config's data set, opened, and what a net has to know of them."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        """Raises UsageError for what the config asks of this data set and cannot be."""
+        data = config.data
+        self._config = config
+        self._train, self._eval = (
+            open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split)
+        )
+        _check_classes(data, self._train, self._eval)
+        _check_labels(data, data.train_split, self._train)
+        _check_labels(data, data.eval_split, self._eval)
+        if data.label_noise:
+            self._train = NoisySource(self._train, data.label_noise, config.seed)
+        self.eval_examples = len(self._eval)
+
+    @functools.cached_property
+    def spec(self) -> DataSpec:
+        """What a net has to know; with config.data.mean_image this decodes the training set."""
+        spec = spec_of(self._config, self._train, self._eval)
+        if not self._config.data.mean_image:
+            return spec
+        return dataclasses.replace(spec, mean=np.asarray(self._examples.images.mean(0) / 255, np.float32))
+
+    def train_stream(
+        self, mesh: Mesh, platform: Platform, *, batch_size: int, steps_per_dispatch: int
+    ) -> resident.ResidentTrain | streaming.StreamingTrain:
+        """The training split's stream."""
+        data, augment, seed = self._config.data, self._config.augment, self._config.seed
+        if self.spec.resident:
+            return resident.ResidentTrain(
+                self._examples, seed=seed, batch_size=batch_size, steps_per_dispatch=steps_per_dispatch, mesh=mesh
+            )
+        transform = TrainTransform(
+            self.spec.image_shape[0],
+            augment.random_resized_crop,
+            tuple(augment.crop_area),
+            tuple(augment.crop_aspect),
+            (augment.randaugment, augment.randaugment_magnitude),
+        )
+        return streaming.StreamingTrain(
+            self._train,
+            transform,
+            seed=seed,
+            batch_size=batch_size,
+            workers=data.workers,
+            skip_broken=data.broken == "skip",
+            shares_host_memory=platform.shares_host_memory,
+            mesh=mesh,
+        )
+
+    def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:
+        """The evaluation split's stream."""
+        return _eval_stream(self._config, self.spec, self._eval, mesh, platform, batch_size)
+
+    @functools.cached_property
+    def _examples(self) -> Examples:
+        return _read(self._config, self._train)
+
+
+def open_eval(
+    config: ml_collections.ConfigDict, spec: DataSpec, mesh: Mesh, platform: Platform, *, batch_size: int
+) -> EvalStream:
+    """The stream of config.data.eval_split, for a net that knows `spec`; no other split is opened.
+
+    Raises UsageError when its classes are not the net's.
     """
     data = config.data
-    _check_values(config)
-    train, test = (open_source(data.name, split, data.dir) for split in (data.train_split, data.eval_split))
-    _check_classes(data, train, test)
-    _check_labels(data, train, test)
-    if data.label_noise:
-        train = NoisySource(train, data.label_noise, config.seed)
-    if _is_streamed(config, train, test):
-        return *_streaming(config, mesh, train, test), None
-    examples, measured = read(train), read(test)
-    mean = examples.images.mean(0) / 255 if data.mean_image else None
-    return Resident(examples, mesh), Resident(measured, mesh), mean
+    source = open_source(data.name, data.eval_split, data.dir)
+    if source.class_names != spec.class_names:
+        ours, theirs = set(spec.class_names), set(source.class_names)
+        names = ", ".join(sorted(ours ^ theirs)[:5]) or "the order"
+        raise UsageError(f"{data.name} has other classes than the net was trained on: {names} differ")
+    _check_labels(data, data.eval_split, source)
+    return _eval_stream(config, spec, source, mesh, platform, batch_size)
 
 
-def _check_values(config: ml_collections.ConfigDict) -> None:
-    def is_range(values):
-        return len(values) == 2 and 0 < values[0] <= values[1]
+def describe(config: ml_collections.ConfigDict) -> DataSpec:
+    """What a net has to know of a config's data, found out by opening both splits."""
+    return TrainingData(config).spec
 
-    for key, holds, rule in (
-        ("seed", lambda x: x >= 0, "it must be 0 or more"),
-        ("data.workers", lambda x: x >= 0, "it must be 0 or more"),
-        ("data.image_size", lambda x: x is None or x > 0, "it must be over 0, or unset"),
-        ("eval.image_size", lambda x: x is None or x > 0, "it must be over 0, or unset"),
-        ("eval.max_examples", lambda x: x is None or x > 0, "it must be over 0, or unset"),
-        ("eval.crop_fraction", lambda x: 0 < x <= 1, "it must be over 0 and at most 1"),
-        ("augment.randaugment", lambda x: x >= 0, "it must be 0 or more"),
-        ("augment.randaugment_magnitude", lambda x: 0 <= x <= 10, "it must be from 0 to 10"),
-        ("augment.crop_area", lambda x: is_range(x) and x[1] <= 1, "write (least, most), such as (0.08, 1.0)"),
-        ("augment.crop_aspect", is_range, "write (least, most), such as (0.75, 1.33)"),
-    ):
-        section, _, name = key.rpartition(".")
-        value = (config[section] if section else config)[name]
-        if not holds(value):
-            raise UsageError(f"config.{key} is {value}; {rule}")
+
+def for_evaluation(config: ml_collections.ConfigDict, spec: DataSpec) -> DataSpec:
+    """The spec with the size and the crop that config.eval asks for."""
+    if spec.resident and not config.eval.image_size:
+        return spec
+    size = config.eval.image_size or config.data.image_size or spec.image_shape[0]
+    shape = (size, size, spec.image_shape[-1])
+    return dataclasses.replace(spec, eval_shape=shape, crop_fraction=config.eval.crop_fraction)
+
+
+def eval_transform(config: ml_collections.ConfigDict, spec: DataSpec) -> EvalTransform:
+    """How a picture of any size becomes what the net is shown."""
+    return EvalTransform(spec.eval_shape[0], spec.crop_fraction, 5 if config.eval.views == 10 else 1)
+
+
+def spec_of(config: ml_collections.ConfigDict, train: Split, evaluation: Split) -> DataSpec:
+    """What a net has to know of two splits, as far as their numbers, shapes and classes tell; no mean image."""
+    data, reason = config.data, _why_streamed(config, [train, evaluation])
+    if reason is None and train.image_shape:
+        shape = train.image_shape
+    elif data.mean_image:
+        raise UsageError(f"config.data.mean_image is for resident sets, but {data.name} is streamed: {reason}")
+    else:
+        size = data.image_size or (train.image_shape[0] if train.image_shape else None)
+        if not size:
+            raise UsageError(f"the images of {data.name} have different sizes; set config.data.image_size, say to 224")
+        shape = (size, size, 3)
+        if config.steps_per_dispatch not in (None, 1):
+            raise UsageError(f"config.steps_per_dispatch must be 1, or unset, for {data.name}, which is streamed")
+    spec = DataSpec(
+        examples=len(train),
+        image_shape=shape,
+        eval_shape=shape,
+        class_names=train.class_names,
+        mean=_per_channel(data.mean, "mean", shape[-1]),
+        std=_per_channel(data.std, "std", shape[-1]),
+        crop_fraction=1.0,
+        resident=reason is None,
+    )
+    return for_evaluation(config, spec)
+
+
+def _per_channel(values: tuple[float, ...], key: str, channels: int) -> np.ndarray:
+    if len(values) not in (1, channels):
+        raise UsageError(f"config.data.{key} has {len(values)} values, but the images have {channels} channels")
+    return np.array(values, np.float32)
+
+
+def _why_streamed(config: ml_collections.ConfigDict, sources: Sequence[Split]) -> str | None:
+    """Why a data set is streamed, or None for a resident one. Raises UsageError when it has to be both."""
+    data = config.data
+    shapes = [source.image_shape for source in sources]
+    sizes = {size for size in (data.image_size, config.eval.image_size) if size}
+    reasons = {
+        "the images have different sizes": None in shapes or len(set(shapes)) > 1,
+        "config.augment.random_resized_crop is set": config.augment.random_resized_crop,
+        "config.augment.randaugment is set": config.augment.randaugment > 0,
+        "config.eval.views is 10": config.eval.views == 10,
+        "the images have another size than config asks for": bool(sizes) and {*(shapes[0] or ())[:2]} != sizes,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if data.pipeline == "streaming":
+        return reason or "config.data.pipeline is streaming"
+    if data.pipeline == "resident":
+        if reason:
+            raise UsageError(f"{data.name} cannot be resident: {reason}; set config.data.pipeline=streaming")
+        return None
+    if not reason and sum(map(len, sources)) * math.prod(shapes[0] or ()) > RESIDENT_BYTES:
+        return f"it has more than {RESIDENT_BYTES:,} bytes"
+    return reason
+
+
+def _eval_stream(
+    config: ml_collections.ConfigDict,
+    spec: DataSpec,
+    source: Source,
+    mesh: Mesh,
+    platform: Platform,
+    batch_size: int,
+) -> EvalStream:
+    data, limit = config.data, config.eval.max_examples
+    as_stored = source.image_shape == spec.eval_shape and config.eval.views != 10 and data.pipeline != "streaming"
+    if spec.resident and as_stored:
+        examples = _read(config, source)
+        return resident.ResidentEval(examples, batch_size=batch_size, max_examples=limit, mesh=mesh)
+    if spec.image_shape[-1] != 3:
+        raise UsageError(
+            f"the net was trained on images of {spec.image_shape[-1]} channel; {data.name} cannot be streamed to it,"
+            " which gives 3, as another size, ten views or config.data.pipeline=streaming would"
+        )
+    return streaming.StreamingEval(
+        source,
+        eval_transform(config, spec),
+        batch_size=batch_size,
+        max_examples=limit,
+        workers=data.workers,
+        skip_broken=data.broken == "skip",
+        shares_host_memory=platform.shares_host_memory,
+        mesh=mesh,
+    )
+
+
+def _read(config: ml_collections.ConfigDict, source: Source) -> Examples:
+    examples = read(source, skip_broken=config.data.broken == "skip")
+    for name, why in examples.broken:
+        log.warning("skipped %s: %s", name, why)
+    return examples
 
 
 def _check_classes(data: ml_collections.ConfigDict, train: Source, test: Source) -> None:
@@ -74,53 +265,7 @@ def _check_classes(data: ml_collections.ConfigDict, train: Source, test: Source)
         raise UsageError(f"the classes of {data.name} differ between its splits: {'; '.join(only)}")
 
 
-def _check_labels(data: ml_collections.ConfigDict, train: Source, test: Source) -> None:
-    for split, source in ((data.train_split, train), (data.eval_split, test)):
-        with contextlib.suppress(OSError):  # a file that cannot be read is told of when its turn comes
-            if source[0][1] < 0:
-                raise UsageError(f"the split {split!r} of {data.name} has no labels: TFDS writes -1 for each")
-
-
-def _is_streamed(config: ml_collections.ConfigDict, train: Source, test: Source) -> bool:
-    """Which pipeline config.data.pipeline means. Raises UsageError when the set cannot be resident and has to."""
-    name, data = choose("data.pipeline", config.data.pipeline, ("auto", "resident", "streaming")), config.data
-    shapes = train.image_shape, test.image_shape
-    sizes = {size for size in (data.image_size, config.eval.image_size) if size}
-    reasons = {  # why it has to stream
-        "the images have different sizes": None in shapes or shapes[0] != shapes[1],
-        "config.augment.random_resized_crop is set": config.augment.random_resized_crop,
-        "config.augment.randaugment is set": config.augment.randaugment > 0,
-        "config.eval.views is 10": config.eval.views == 10,
-        "the images have another size than config asks for": sizes and {*(shapes[0] or ())[:2]} != sizes,
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if name == "resident" and reason:
-        raise UsageError(f"{data.name} cannot be resident: {reason}; set config.data.pipeline=streaming")
-    if name == "auto":
-        return bool(reason) or (len(train) + len(test)) * math.prod(train.image_shape) > RESIDENT_BYTES
-    return name == "streaming"
-
-
-def _streaming(config: ml_collections.ConfigDict, mesh: Mesh, train: Source, test: Source):
-    """Both splits' pipelines. Raises UsageError for what the config asks of them in vain."""
-    data, augment = config.data, config.augment
-    size = data.image_size or (train.image_shape[0] if train.image_shape else None)
-    if not size:
-        raise UsageError(f"the images of {data.name} have different sizes; set config.data.image_size, say to 224")
-    if data.mean_image:
-        raise UsageError(f"config.data.mean_image is for resident sets, but {data.name} is streamed")
-    if config.steps_per_dispatch not in (None, Streaming.max_steps_per_dispatch):
-        raise UsageError(f"config.steps_per_dispatch must be 1, or unset, for {data.name}, which is streamed")
-    crop = TrainTransform(
-        size,
-        augment.random_resized_crop,
-        tuple(augment.crop_area),
-        tuple(augment.crop_aspect),
-        (augment.randaugment, augment.randaugment_magnitude),
-    )
-    views = 5 if config.eval.views == 10 else 1
-    centre = EvalTransform(config.eval.image_size or size, config.eval.crop_fraction, views)
-    skip = choose("data.broken", data.broken, ("fail", "skip")) == "skip"
-    return tuple(
-        Streaming(source, mesh, transform, data.workers, skip) for source, transform in ((train, crop), (test, centre))
-    )
+def _check_labels(data: ml_collections.ConfigDict, split: str, source: Source) -> None:
+    with contextlib.suppress(OSError):  # a file that cannot be read is told of when its turn comes
+        if source[0][1] < 0:
+            raise UsageError(f"the split {split!r} of {data.name} has no labels: TFDS writes -1 for each")

@@ -6,6 +6,8 @@ values, which is why this is quicker here than on the device, where every image 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -126,6 +128,6 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def _warp(image: np.ndarray, matrix) -> np.ndarray:
+def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
     size = image.shape[1], image.shape[0]
     return cv2.warpAffine(image, np.asarray(matrix, np.float64), size, flags=cv2.INTER_LINEAR, borderValue=FILL)

@@ -6,6 +6,8 @@ compiled program. The batch of step k is a function of (seed, k) alone, so resum
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -13,53 +15,73 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax.data.order import batch_rows
 from resattn_jax.data.sources import Examples
+from resattn_jax.data.spec import DataSpec
+
+Arrays = dict[str, jax.Array]  # {"image": uint8 [N, H, W, C], "label": int32 [N]}, whole on every device
 
 
-class Resident:
-    """One split on every device of a mesh.
+def take(arrays: Arrays, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images uint8 [B, H, W, C] and labels int32 [B] of rows int32 [B], inside the compiled step."""
+    return arrays["image"][rows], arrays["label"][rows]
 
-    arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, replicated; `take` picks a batch out of them, inside
-    the compiled step. skipped is the number of broken pictures met so far, which a set in memory has none of.
-    """
 
-    max_steps_per_dispatch = None  # any number
-    skipped = 0
+def train_shapes(
+    spec: DataSpec, batch_size: int, steps_per_dispatch: int, mesh: Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of `arrays` and of what `batches` gives, without any data."""
+    whole, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+    arrays = {
+        "image": jax.ShapeDtypeStruct((spec.examples, *spec.image_shape), np.uint8, sharding=whole),
+        "label": jax.ShapeDtypeStruct((spec.examples,), np.int32, sharding=whole),
+    }
+    return arrays, jax.ShapeDtypeStruct((steps_per_dispatch, batch_size), np.int32, sharding=spread)
 
-    def __init__(self, examples: Examples, mesh: Mesh):
-        self.examples = len(examples.labels)
-        self.image_shape = examples.images.shape[1:]
-        self.class_names = examples.class_names
-        self._mesh = mesh
-        self.arrays = {
-            "image": put(examples.images, mesh, P()),
-            "label": put(examples.labels, mesh, P()),
-        }
 
-    @staticmethod
-    def take(arrays: dict[str, jax.Array], rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images uint8 [B, H, W, C] and labels int32 [B] of rows int32 [B]."""
-        return arrays["image"][rows], arrays["label"][rows]
+class ResidentTrain:
+    """The training stream of a set that lies on every device of a mesh."""
 
-    def train_batches(self, seed: int, step: int, count: int, batch_size: int, room: int):
-        """Batches of steps step … step + count - 1, for `take`: rows int32 [room, batch_size], sharded over the batch.
+    def __init__(self, examples: Examples, *, seed: int, batch_size: int, steps_per_dispatch: int, mesh: Mesh):
+        self.examples, self.skipped, self.take = len(examples.labels), len(examples.broken), take
+        self.arrays = _put_examples(examples, mesh)
+        self._seed, self._mesh, self._shape = seed, mesh, (steps_per_dispatch, batch_size)
 
-        What is beyond `count` only fills the room, so that one compiled program serves any count.
+    def batches(self, step: int, count: int) -> jax.Array:
+        """Rows of the batches of `count` steps from `step` on, int32 [steps_per_dispatch, B], B sharded.
+
+        What is beyond `count` only fills the array, so that one compiled program serves any count.
         """
-        rows = np.zeros((room, batch_size), np.int32)
+        rows = np.zeros(self._shape, np.int32)
         for i in range(count):
-            rows[i] = batch_rows(seed, step + i, batch_size, self.examples)
+            rows[i] = batch_rows(self._seed, step + i, self._shape[1], self.examples)
         return put(rows, self._mesh, P(None, "data"))
 
-    def eval_batches(self, batch_size: int, max_examples: int | None):
-        """Yields (rows int32 [batch_size], mask bool [batch_size]): every example once, the last batch filled up."""
-        count = self.examples if max_examples is None else min(max_examples, self.examples)
-        for start in range(0, count, batch_size):
-            rows = np.arange(start, start + batch_size, dtype=np.int32)
-            mask = rows < count
-            yield put(np.where(mask, rows, 0), self._mesh, P("data")), put(mask, self._mesh, P("data"))
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
+
+class ResidentEval:
+    """The evaluation stream of a set that lies on every device of a mesh; broken pictures are left out."""
+
+    def __init__(self, examples: Examples, *, batch_size: int, max_examples: int | None, mesh: Mesh):
+        rows = np.flatnonzero(examples.readable[:max_examples]).astype(np.int32)
+        self.skipped, self.take = len(examples.readable[:max_examples]) - len(rows), take
+        self.arrays = _put_examples(examples, mesh)
+        self._rows, self._mesh, self._batch_size = rows, mesh, batch_size
+
+    def __iter__(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """(rows int32 [B], mask bool [B]) of each batch: every example once, the last batch filled up."""
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = self._rows[start : start + self._batch_size]
+            mask = np.arange(self._batch_size) < len(rows)
+            rows = np.pad(rows, (0, self._batch_size - len(rows)))
+            yield put(rows, self._mesh, P("data")), put(mask, self._mesh, P("data"))
 
 
 def put(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     """Lays a host array, the same on every host, onto the mesh; each host writes only its own devices' part."""
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _put_examples(examples: Examples, mesh: Mesh) -> Arrays:
+    return {"image": put(examples.images, mesh, P()), "label": put(examples.labels, mesh, P())}

@@ -19,116 +19,168 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax.data.batches import Batch, EvalBatches, ProcessBatches, ThreadedBatches, TrainBatches, load
 from resattn_jax.data.sources import Source
+from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import UsageError
 
 log = logging.getLogger("resattn_jax")
 
 
-class Streaming:
-    """One split, read as it is needed. The contract is `Resident`'s; a batch is {"image": uint8, "label": int32}.
+def take(arrays: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Images uint8 [B, H, W, 3] and labels int32 [B], inside the compiled step."""
+    return batch["image"], batch["label"]
 
-    skipped counts the broken pictures met so far on this host, each once. Images have image_shape (H, W, 3); an
-    evaluation of several views has them [B, views, H, W, 3].
-    """
 
-    max_steps_per_dispatch = 1  # a dispatch of more would have to wait for as many batches
+def train_shapes(
+    spec: DataSpec, batch_size: int, steps_per_dispatch: int, mesh: Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """Shapes, dtypes and shardings of `arrays`, which is empty, and of what `batches` gives, without any data."""
+    sharding, shape = NamedSharding(mesh, P(None, "data")), (steps_per_dispatch, batch_size)
+    return {}, {
+        "image": jax.ShapeDtypeStruct((*shape, *spec.image_shape), np.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding),
+    }
+
+
+class StreamingTrain:
+    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch."""
 
     def __init__(
-        self, source: Source, mesh: Mesh, transform: TrainTransform | EvalTransform, workers: int, skip_broken: bool
+        self,
+        source: Source,
+        transform: TrainTransform,
+        *,
+        seed: int,
+        batch_size: int,
+        workers: int,
+        skip_broken: bool,
+        shares_host_memory: bool,
+        mesh: Mesh,
     ):
-        self.examples = len(source)
-        self.class_names = source.class_names
-        self.image_shape = (transform.size, transform.size, 3)
-        self.arrays = {}
-        self._source, self._mesh, self._transform, self._workers = source, mesh, transform, workers
-        self._skip_broken, self._broken = skip_broken, set()
-        self._stream: tuple[tuple[int, int], int, _Prefetched] | None = None  # (seed, batch size), next step, batches
-
-    @staticmethod
-    def take(arrays: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Images uint8 [B, H, W, 3] and labels int32 [B]."""
-        return batch["image"], batch["label"]
+        self.examples, self.take = len(source), take
+        self.arrays: dict[str, jax.Array] = {}
+        self._shards = _Shards(mesh, batch_size, leading=1)
+        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions)
+        self._workers, self._copied, self._broken = workers, not shares_host_memory, _Broken(skip_broken)
+        self._next = 0
+        self._prefetched: _Prefetched | None = None
 
     @property
     def skipped(self) -> int:
-        """Number of different broken pictures met so far."""
-        return len(self._broken)
+        """The number of different broken pictures met so far on this host."""
+        return len(self._broken.names)
 
-    def train_batches(self, seed: int, step: int, count: int, batch_size: int, room: int):
-        """The batch of `step`, leaves [1, B, …], sharded over the batch. room is 1; without count only shapes.
+    def batches(self, step: int, count: int) -> dict[str, jax.Array]:
+        """The batch of `step`, leaves [1, B, …], B sharded; count is 1.
 
         Asked for one step after the other it gives what was prepared ahead; asked for another it starts there.
         Raises UsageError naming a broken picture, unless those are skipped, and RunError when a worker has died.
         """
-        assert room == 1, room
-        sharding = NamedSharding(self._mesh, P(None, "data"))
-        if not count:
-            images = jax.ShapeDtypeStruct((1, batch_size, *self.image_shape), np.uint8, sharding=sharding)
-            return {"image": images, "label": jax.ShapeDtypeStruct((1, batch_size), np.int32, sharding=sharding)}
-        kind, expected, prefetched = self._stream or (None, None, None)
-        if (kind, expected) != ((seed, batch_size), step):
+        if self._prefetched is None or step != self._next:
             self.close()
-            batches = TrainBatches(self._source, self._transform, seed, batch_size, self._places(batch_size))
-            prefetched = self._prefetched(batches, step, lambda b: {
-                "image": self._put(b.images, sharding, batch_size, 1),
-                "label": self._put(b.labels, sharding, batch_size, 1),
-            })  # fmt: skip
-        self._stream = (seed, batch_size), step + 1, prefetched
-        batch, broken = next(prefetched)
-        self._report(broken)
+            batches = load(self._batches, step, self._workers)
+            self._prefetched = _Prefetched(batches, self._put, self._copied)
+        self._next = step + count
+        batch, broken = next(self._prefetched)
+        try:
+            self._broken.tell(broken)
+        except UsageError:
+            self.close()
+            raise
         return batch
 
-    def eval_batches(self, batch_size: int, max_examples: int | None) -> Iterator[tuple[dict, jax.Array]]:
-        """Yields (batch, mask bool [B]): every example once, the last batch filled up; a skipped one has no mask."""
-        count = self.examples if max_examples is None else min(max_examples, self.examples)
-        batches = EvalBatches(self._source, self._transform, count, batch_size, self._places(batch_size))
-        sharding = NamedSharding(self._mesh, P("data"))
-        prefetched = self._prefetched(batches, 0, lambda b: [self._put(x, sharding, batch_size, 0) for x in b[:3]])
+    def close(self) -> None:
+        """Ends the threads or processes that read ahead."""
+        if self._prefetched:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def _put(self, batch: Batch) -> dict[str, jax.Array]:
+        return {"image": self._shards.put(batch.images), "label": self._shards.put(batch.labels)}
+
+
+class StreamingEval:
+    """The evaluation stream of a set whose pictures are decoded and cut out ahead of the step."""
+
+    def __init__(
+        self,
+        source: Source,
+        transform: EvalTransform,
+        *,
+        batch_size: int,
+        max_examples: int | None,
+        workers: int,
+        skip_broken: bool,
+        shares_host_memory: bool,
+        mesh: Mesh,
+    ):
+        count = len(source) if max_examples is None else min(max_examples, len(source))
+        self.take = take
+        self.arrays: dict[str, jax.Array] = {}
+        self._shards = _Shards(mesh, batch_size, leading=0)
+        self._batches = EvalBatches(source, transform, count, batch_size, self._shards.positions)
+        self._workers, self._copied, self._broken = workers, not shares_host_memory, _Broken(skip_broken)
+
+    @property
+    def skipped(self) -> int:
+        """The number of different broken pictures met so far on this host."""
+        return len(self._broken.names)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+        """(batch, mask bool [B]) of each batch: every example once; what fills the last one up and a broken picture
+        have no mask. Images of several views are [B, views, H, W, 3].
+        """
+        prefetched = _Prefetched(load(self._batches, 0, self._workers), self._put, self._copied)
         try:
             for (images, labels, mask), broken in prefetched:
-                self._report(broken)
+                self._broken.tell(broken)
                 yield {"image": images, "label": labels}, mask
         finally:
             prefetched.close()
 
-    def close(self) -> None:
-        """Ends the threads or processes that read ahead for training."""
-        if self._stream:
-            self._stream[2].close()
-            self._stream = None
+    def _put(self, batch: Batch) -> list[jax.Array]:
+        return [self._shards.put(array) for array in (batch.images, batch.labels, batch.mask)]
 
-    def _prefetched(self, batches: TrainBatches | EvalBatches, start: int, put: Callable[[Batch], Any]) -> _Prefetched:
-        copied = self._mesh.devices.flat[0].platform != "cpu"  # there an array may be the very memory that was put
-        return _Prefetched(load(batches, start, self._workers), put, copied)
 
-    def _places(self, batch_size: int) -> np.ndarray:
-        """The places of the global batch that lie on this host's devices, ascending."""
-        sharding = NamedSharding(self._mesh, P("data"))
-        slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-        return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
+class _Shards:
+    """Lays this host's part of a global batch on its devices. leading: axes of one before the batch's."""
 
-    def _put(self, part: np.ndarray, sharding: NamedSharding, batch_size: int, leading: int) -> jax.Array:
-        """This host's part of a batch on its devices, as a global array with `leading` axes of one before it."""
-        places = self._places(batch_size)
-        shape = (1,) * leading + (batch_size, *part.shape[1:])
+    def __init__(self, mesh: Mesh, batch_size: int, leading: int):
+        self._batch_size, self._leading = batch_size, leading
+        self._sharding = NamedSharding(mesh, P(*[None] * leading, "data"))
+        slices = NamedSharding(mesh, P("data")).addressable_devices_indices_map((batch_size,)).values()
+        # The positions in the global batch that lie on this host's devices, ascending.
+        self.positions = np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
+
+    def put(self, part: np.ndarray) -> jax.Array:
+        """part: [len(positions), …] -> the global array."""
+        ones = (1,) * self._leading
+        shape = (*ones, self._batch_size, *part.shape[1:])
         shards = []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            mine = np.searchsorted(places, np.arange(batch_size)[index[leading]])
-            shard = part[mine[0] : mine[-1] + 1].reshape((1,) * leading + (-1, *part.shape[1:]))
+        for device, index in self._sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None  # the device has a part of the batch
+            mine = np.searchsorted(self.positions, np.arange(self._batch_size)[index[self._leading]])
+            shard = part[mine[0] : mine[-1] + 1].reshape((*ones, -1, *part.shape[1:]))
             shards.append(jax.device_put(shard, device))
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
 
-    def _report(self, broken: tuple[tuple[str, str], ...]) -> None:
+
+class _Broken:
+    """The broken pictures met so far, each told of once. Raises UsageError for the first unless they are skipped."""
+
+    def __init__(self, skip: bool):
+        self._skip = skip
+        self.names: set[str] = set()
+
+    def tell(self, broken: tuple[tuple[str, str], ...]) -> None:
         for name, reason in broken:
-            if not self._skip_broken:
-                self.close()
+            if not self._skip:
                 raise UsageError(
                     f"{name} cannot be read: {reason}; replace or remove it, or set config.data.broken=skip"
                 )
-            if name not in self._broken:
-                self._broken.add(name)
-                log.warning("skipped %s: %s (broken pictures so far: %d)", name, reason, len(self._broken))
+            if name not in self.names:
+                self.names.add(name)
+                log.warning("skipped %s: %s (broken pictures so far: %d)", name, reason, len(self.names))
 
 
 class _Prefetched:
@@ -140,7 +192,8 @@ class _Prefetched:
 
     def __init__(self, batches: ThreadedBatches | ProcessBatches, put: Callable[[Batch], Any], copied: bool):
         self._batches, self._put, self._copied = batches, put, copied
-        self._ready, self._closed = queue.Queue(maxsize=1), threading.Event()
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
 
@@ -173,7 +226,7 @@ class _Prefetched:
                 self._ready.put((result, None))
                 if self._closed.is_set():
                     return
-            error = StopIteration()
+            error: BaseException = StopIteration()
         except BaseException as caught:
             error = caught
         self._ready.put((None, error))

@@ -1,12 +1,13 @@
-"""Geometry on the host, before pixels go to the devices: random resized crop, resize and centre crop, ten crops.
+"""Transforms on the host: random resized crop, RandAugment, resize and centre crop, ten-crop.
 
-The decoder shrinks a picture as far as the crop allows; OpenCV or Pillow does the rest.
+The decoder shrinks a picture as far as the crop allows. OpenCV or Pillow does the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -15,16 +16,28 @@ import PIL.Image
 from resattn_jax.data.pictures import MAX_PIXELS, BrokenPicture, Picture, Scratch
 from resattn_jax.data.randaugment import randaugment
 
-cv2.setNumThreads(0)  # examples are spread over threads already
+cv2.setNumThreads(0)  # the pipelines already use a thread for each core
 _scratch = Scratch()
+
+
+class HasPixels(Protocol):
+    """A picture, or what stands for one: its size and, when they are asked for, its pixels, uint8 [H, W, C]."""
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def pixels(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """A picture to uint8 [size, size, 3]. crop: random resized crop, else resize and centre crop of the whole.
+    """Makes a training image, uint8 [size, size, 3], from a picture.
 
-    area and aspect are the ranges of the crop's share of the picture and of its width / height; randaugment is
-    (operations an image, magnitude 0 to 10), no operations for none.
+    crop is True for a random resized crop, False for resize and centre crop. area is the range of the crop's share of
+    the picture, aspect the range of its width / height. randaugment is (operations per image, magnitude from 0 to 10).
     """
 
     size: int
@@ -34,7 +47,7 @@ class TrainTransform:
     randaugment: tuple[int, float]
 
     def __call__(self, picture: Picture, rng: np.random.Generator, out: np.ndarray) -> None:
-        """Writes the result to `out`. Raises BrokenPicture."""
+        """Writes the image to `out`. Raises BrokenPicture."""
         if self.crop:
             resize(picture, crop_box(rng, picture.height, picture.width, self.area, self.aspect), out)
         else:
@@ -45,40 +58,41 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """A picture to views uint8 [views, size, size, 3]: 1 is the centre, 5 the four corners and the centre.
+    """Makes the views of a picture for evaluation, uint8 [views, size, size, C].
 
-    The picture is resized so that its shorter side is size / fraction (Pillow's antialiased bilinear, as in the
-    evaluation of the published nets), then cropped.
+    One view is the centre; five are the four corners and the centre. The picture is first resized so that its shorter
+    side is size / fraction, by Pillow's antialiased bilinear filter, as in the evaluation of the published nets.
     """
 
     size: int
     fraction: float
     views: int
 
-    def __call__(self, picture: Picture) -> np.ndarray:
-        """Raises BrokenPicture, also for one so narrow that it would be too large when resized."""
+    def __call__(self, picture: HasPixels) -> np.ndarray:
+        """Raises BrokenPicture, also if the picture is so narrow that it would be too large when resized."""
         scale = round(self.size / self.fraction) / min(picture.height, picture.width)
         height, width = (max(round(side * scale), self.size) for side in (picture.height, picture.width))
         if height * width > MAX_PIXELS:
             raise BrokenPicture(f"with {picture.height} x {picture.width} pixels it is too narrow to be resized")
-        image = PIL.Image.fromarray(picture.pixels())
+        pixels = picture.pixels()
+        image = PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         if (width, height) != image.size:
             image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
         bottom, right = height - self.size, width - self.size
         corners = [(round(bottom / 2), round(right / 2))]
         if self.views == 5:
             corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), *corners]
-        pixels = np.asarray(image)
+        pixels = np.asarray(image).reshape(height, width, -1)
         return np.stack([pixels[y : y + self.size, x : x + self.size] for y, x in corners])
 
 
 def crop_box(
     rng: np.random.Generator, height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """A window (top, left, height, width) of random share and shape (Szegedy et al., "Going deeper", section 6).
+    """A random window (top, left, height, width) of a picture (Szegedy et al., "Going deeper", section 6).
 
-    The share is uniform in `area`, the shape log-uniform in `aspect`. When ten draws do not fit into the picture, it
-    is the largest window in the middle whose shape is allowed.
+    Its share of the picture is uniform in `area`, its width / height log-uniform in `aspect`. If ten draws do not fit
+    into the picture, the window is the largest in the middle whose aspect is allowed.
     """
     for _ in range(10):
         share = rng.uniform(*area) * height * width
@@ -93,8 +107,8 @@ def crop_box(
 def resize(picture: Picture, box: tuple[int, int, int, int], out: np.ndarray) -> None:
     """Writes the window (top, left, height, width) of a picture, resized, to `out`, uint8 [H, W, 3].
 
-    The decoder halves the picture as often as the window stays larger than the result; what is left for bilinear
-    interpolation is less than a factor of two on one side, so that nothing is skipped over.
+    The decoder halves the picture while the window stays larger than the result. Bilinear interpolation then shrinks
+    one side at least by less than a factor of two, so that it skips no pixel there.
     """
     top, left, height, width = box
     shrink = 1
@@ -103,5 +117,5 @@ def resize(picture: Picture, box: tuple[int, int, int, int], out: np.ndarray) ->
     pixels = picture.top_pixels(top + height, shrink, _scratch)
     y, x = top // shrink, left // shrink
     window = pixels[y : y + max(height // shrink, 1), x : x + max(width // shrink, 1)]
-    cv2.ipp.setUseIPP_NotExact(True)  # each thread's own; it is quicker, and nearer to the exact result, on x86
+    cv2.ipp.setUseIPP_NotExact(True)  # a setting of each thread; on x86 it is quicker and nearer to the exact result
     cv2.resize(window, (out.shape[1], out.shape[0]), dst=out, interpolation=cv2.INTER_LINEAR)

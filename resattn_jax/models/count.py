@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
-def count_parameters(params) -> int:
+def count_parameters(params: Any) -> int:
     """Number of values in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], variables=None) -> int:
+def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], variables: Any = None) -> int:
     """Multiply-adds of one forward pass over one image [H, W, C]; variables: arrays or shapes, if they are at hand.
 
     Those of weights, as the literature counts them: every convolution and matrix product one of whose operands comes
@@ -25,7 +26,7 @@ def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], var
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     rest = {k: v for k, v in variables.items() if k != "params"}
 
-    def forward(params, rest, x):
+    def forward(params: Any, rest: dict[str, Any], x: jax.Array) -> Any:
         return model.apply({"params": params, **rest}, x, train=False)
 
     jaxpr = jax.make_jaxpr(forward)(variables["params"], rest, images).jaxpr
@@ -33,11 +34,11 @@ def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], var
     return _walk(jaxpr, [i < leaves for i in range(len(jaxpr.invars))])[0]
 
 
-def _walk(jaxpr, from_params: list[bool]) -> tuple[int, list[bool]]:
+def _walk(jaxpr: Any, from_params: list[bool]) -> tuple[int, list[bool]]:
     """Multiply-adds of `jaxpr`, and which of its outputs are parameters, reshaped, cast or sliced."""
     weights = {var for var, is_weight in zip(jaxpr.invars, from_params, strict=True) if is_weight}
 
-    def is_weight(var) -> bool:
+    def is_weight(var: Any) -> bool:
         return not hasattr(var, "val") and var in weights  # a literal has a value and no name
 
     total = 0
@@ -55,7 +56,7 @@ def _walk(jaxpr, from_params: list[bool]) -> tuple[int, list[bool]]:
     return total, [is_weight(var) for var in jaxpr.outvars]
 
 
-def _multiply_adds(eqn) -> int:
+def _multiply_adds(eqn: Any) -> int:
     shapes = [var.aval.shape for var in eqn.invars]
     out = math.prod(eqn.outvars[0].aval.shape)
     if eqn.primitive.name == "conv_general_dilated":

@@ -6,12 +6,15 @@ All arrays are [B, H, W, C]. Nothing here knows what a residual unit is.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from resattn_jax.models.nets import Pointwise, Pooling, Upsampling
 
 # He et al., "Delving Deep into Rectifiers" (ICCV 2015): normal with variance 2/fan.
 # "pytorch" is what torch.nn.Conv2d and torch.nn.Linear draw: uniform in ±1/sqrt(fan_in).
@@ -22,11 +25,18 @@ INITIALIZERS = {
 }
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32, or in its own dtype if that is wider."""
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
 class Conv(nn.Module):
     """Convolution without bias, zero padding (kernel_size - 1) / 2 on both sides, as Caffe and PyTorch pad.
 
     Input [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features] in `dtype`;
     the kernel [k, k, C / groups, features] is float32.
+    pointwise: a 1x1 kernel without groups is applied as a convolution, or as a matrix product over [B * H * W, C],
+      which is a third faster on the CPU and slower on GPUs.
     """
 
     features: int
@@ -34,7 +44,8 @@ class Conv(nn.Module):
     stride: int = 1
     groups: int = 1
     initializer: str = "he_fan_in"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    pointwise: Pointwise = "convolution"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,7 +53,7 @@ class Conv(nn.Module):
         shape = (k, k, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", INITIALIZERS[self.initializer], shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if k == 1 and self.groups == 1 and jax.default_backend() != "gpu":  # a third faster on the CPU, slower on GPUs
+        if k == 1 and self.groups == 1 and self.pointwise == "product":
             x = x[:, :: self.stride, :: self.stride]
             return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], self.features)
         return jax.lax.conv_general_dilated(
@@ -77,13 +88,15 @@ class BatchNorm(nn.Module):
         if not self.train:
             return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
         y, batch_mean, batch_var = _normalize_batch(x, scale, bias, self.relu, self.axis_name)
-        mean.value = 0.9 * mean.value + 0.1 * batch_mean
-        var.value = 0.9 * var.value + 0.1 * batch_var
+        mean.value = 0.9 * mean.value + 0.1 * batch_mean.astype(mean.value.dtype)
+        var.value = 0.9 * var.value + 0.1 * batch_var.astype(var.value.dtype)
         return y
 
 
-def _affine(x, mean, var, scale, bias, relu):
+def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
     """(x - mean) / std * scale + bias as one multiplication and one addition for each value, in float32 or wider."""
+    x = widen(x)
+    mean, var, scale, bias = (v.astype(x.dtype) for v in (mean, var, scale, bias))
     scale = scale * jax.lax.rsqrt(var + 1e-5)
     y = x * _channels(scale) + _channels(bias - mean * scale)
     return jnp.maximum(y, 0) if relu else y
@@ -95,13 +108,15 @@ def _channels(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normalize_batch(x, scale, bias, relu, axis_name):
+def _normalize_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised x, and the mean and variance of the batch [C], through which no gradient flows.
 
     Autodiff keeps x - mean and more for the backward pass. This one keeps x, which the convolution before has written
     anyway, and computes the rest again.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     mean, square = jnp.mean(wide, (0, 1, 2)), jnp.mean(wide**2, (0, 1, 2))
     if axis_name:
         mean, square = jax.lax.pmean((mean, square), axis_name)
@@ -109,33 +124,41 @@ def _normalize_batch(x, scale, bias, relu, axis_name):
     return _affine(x, mean, var, scale, bias, relu).astype(x.dtype), mean, var
 
 
-def _normalize_batch_forward(x, scale, bias, relu, axis_name):
+def _normalize_batch_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
     y, mean, var = _normalize_batch(x, scale, bias, relu, axis_name)
     return (y, mean, var), (x, mean, var, scale, bias)
 
 
-def _normalize_batch_backward(relu, axis_name, saved, gradients):
+def _normalize_batch_backward(
+    relu: bool, axis_name: str | None, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, var, scale, bias = saved
-    gradient = gradients[0].astype(mean.dtype)
+    wide, gradient = widen(x), widen(gradients[0])
     if relu:
         gradient = jnp.where(_affine(x, mean, var, scale, bias, False) > 0, gradient, 0)
     inverse = jax.lax.rsqrt(var + 1e-5)
     for_bias = jnp.sum(gradient, (0, 1, 2))
-    for_scale = (jnp.sum(gradient * x, (0, 1, 2)) - mean * for_bias) * inverse
+    for_scale = (jnp.sum(gradient * wide, (0, 1, 2)) - mean * for_bias) * inverse
     means = for_bias * (x.shape[-1] / x.size), for_scale * (x.shape[-1] / x.size)
     if axis_name:
         means = jax.lax.pmean(means, axis_name)
     # scale * inverse * (gradient - means[0] - (x - mean) * inverse * means[1]), a product and a sum for each value
     slope = -means[1] * inverse
-    for_x = _channels(scale * inverse) * (gradient + x * _channels(slope) - _channels(means[0] + mean * slope))
-    return for_x.astype(x.dtype), for_scale, for_bias
+    factor = scale.astype(wide.dtype) * inverse
+    for_x = _channels(factor) * (gradient + wide * _channels(slope) - _channels(means[0] + mean * slope))
+    return for_x.astype(x.dtype), for_scale.astype(scale.dtype), for_bias.astype(bias.dtype)
 
 
 _normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
 
 
 class Linear(nn.Module):
-    """Fully connected layer in float32: [B, C] -> [B, features]. The bias starts at zero, or as PyTorch's does."""
+    """Fully connected layer in float32 or wider: [B, C] -> [B, features]; kernel [C, features] and bias are float32.
+
+    The bias starts at zero, or as PyTorch's does.
+    """
 
     features: int
     initializer: str = "he_fan_in"
@@ -144,19 +167,25 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         bound = x.shape[-1] ** -0.5 if self.initializer == "pytorch" else 0.0
 
-        def bias_init(key, shape, dtype):
+        def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound) if bound else jnp.zeros(shape, dtype)
 
         kernel = self.param("kernel", INITIALIZERS[self.initializer], (x.shape[-1], self.features), jnp.float32)
-        return x @ kernel + self.param("bias", bias_init, (self.features,), jnp.float32)[None]
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        x = widen(x)
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None]
 
 
-def max_pool(x: jax.Array, *, window: int = 3, padding: str) -> jax.Array:
+def max_pool(x: jax.Array, *, window: int = 3, padding: str, pooling: Pooling = "window") -> jax.Array:
     """Max-pooling with stride 2.
 
     padding: "ceil" is Caffe's, no padding on the left and as much on the right as a last, partial window needs
       (on even sizes (0, 1) for a window of 3); "both" is PyTorch's padding=1, (1, 1); "valid" pads nothing.
-    [B, H, W, C] -> [B, h, w, C]. Raises ValueError when nothing would be left of the map.
+    pooling: "window", one reduction over windows, or "slices", maxima of strided slices. The gradient of the former, a
+      select-and-scatter, takes four times as long on the CPU; the latter moves more of the map to memory and back on
+      TPUs, 37 % more bytes in the first stage of ra92_cifar. Of equal maxima "window" gives the gradient to the first,
+      "slices" shares it.
+    [B, H, W, C] -> [B, h, w, C] in x's dtype. Raises ValueError when nothing would be left of the map.
     """
     height, width = x.shape[1:3]
     pads = [(0, 0)] * 4
@@ -169,23 +198,17 @@ def max_pool(x: jax.Array, *, window: int = 3, padding: str) -> jax.Array:
             out = (size + 2 * pads[axis][0] - window) // 2 + 1
         if out < 1:
             raise ValueError(f"the input is too small for this net: a {height}x{width} map cannot be pooled")
-    # On TPUs slices move more of the map to memory and back: 37 % more bytes in the first stage of ra92_cifar.
-    return jax.lax.platform_dependent(
-        x,
-        tpu=functools.partial(max_pool_by_window, window=window, pads=pads),
-        default=functools.partial(max_pool_by_slices, window=window, pads=pads),
-    )
+    program = max_pool_by_slices if pooling == "slices" else max_pool_by_window
+    return program(x, window=window, pads=pads)
 
 
-def max_pool_by_window(x: jax.Array, *, window: int, pads: list[tuple[int, int]]) -> jax.Array:
+def max_pool_by_window(x: jax.Array, *, window: int, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """A reduction over windows of x [B, H, W, C]; pads: (before, after) of each axis, with minus infinity."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, 2, 2, 1), pads)
 
 
-def max_pool_by_slices(x: jax.Array, *, window: int, pads: list[tuple[int, int]]) -> jax.Array:
-    """A maximum of strided slices, one axis after the other.
-
-    The gradient of reduce_window, a select-and-scatter, takes four times as long on the CPU.
-    """
+def max_pool_by_slices(x: jax.Array, *, window: int, pads: Sequence[tuple[int, int]]) -> jax.Array:
+    """A maximum of strided slices of x [B, H, W, C], one axis after the other; pads: as above."""
     for axis in 1, 2:
         x = jnp.pad(x, [pad if a == axis else (0, 0) for a, pad in enumerate(pads)], constant_values=-jnp.inf)
         end = x.shape[axis] - window + 1  # behind the last place where a window may begin
@@ -194,23 +217,54 @@ def max_pool_by_slices(x: jax.Array, *, window: int, pads: list[tuple[int, int]]
     return x
 
 
-def _interpolation_matrix(size: int, out: int) -> np.ndarray:
-    """[out, size] float64: row i holds the weights of output i with align_corners, i * (size - 1) / (out - 1)."""
+def _interpolation(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `out` outputs, with align_corners at i * (size - 1) / (out - 1): the input below, the one above, and
+    the weight of the latter. int32, int32, float64; each [out].
+    """
     position = np.arange(out) * ((size - 1) / (out - 1) if out > 1 else 0.0)
-    low = np.minimum(position.astype(int), size - 1)
-    high = np.minimum(low + 1, size - 1)
-    fraction = position - low
+    low = np.minimum(position.astype(np.int32), size - 1)
+    return low, np.minimum(low + 1, size - 1), position - low
+
+
+def _interpolation_matrix(size: int, out: int) -> np.ndarray:
+    """[out, size] float64: row i holds the weights of output i."""
+    low, high, fraction = _interpolation(size, out)
     matrix = np.zeros((out, size))
     np.add.at(matrix, (np.arange(out), low), 1 - fraction)
     np.add.at(matrix, (np.arange(out), high), fraction)
     return matrix
 
 
-def upsample_bilinear(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def upsample_bilinear(x: jax.Array, shape: tuple[int, int], *, upsampling: Upsampling = "gathers") -> jax.Array:
     """Bilinear interpolation with align_corners, as Caffe's Interp and PyTorch's UpsamplingBilinear2d.
 
-    [B, h, w, C] -> [B, *shape, C] in x's dtype. jax.image.resize has no align_corners, so this is two small matrices.
+    jax.image.resize has no align_corners.
+    upsampling: "gathers", two static gathers and their weighted sum, one axis after the other, or "products", two small
+      matrices.
+    [B, h, w, C] -> [B, *shape, C] in x's dtype.
     """
+    program = upsample_by_products if upsampling == "products" else upsample_by_gathers
+    return program(x, shape)
+
+
+def upsample_by_gathers(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Weighted sums of neighbours: [B, h, w, C] -> [B, *shape, C], in float32 or wider between."""
+    wide = widen(x)
+    for axis, out in enumerate(shape, start=1):
+        low, high, fraction = _interpolation(wide.shape[axis], out)
+        weight = jnp.asarray(fraction, wide.dtype).reshape([out if a == axis else 1 for a in range(4)])
+        wide = _take(wide, low, axis) * (1 - weight) + _take(wide, high, axis) * weight
+    return wide.astype(x.dtype)
+
+
+def _take(x: jax.Array, indices: np.ndarray, axis: int) -> jax.Array:
+    """x at `indices`, ascending and within bounds, of one axis."""
+    where = (slice(None),) * axis + (indices,)
+    return x.at[where].get(mode="promise_in_bounds", indices_are_sorted=True, wrap_negative_indices=False)
+
+
+def upsample_by_products(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Products with the interpolation matrices, in x's dtype: [B, h, w, C] -> [B, *shape, C]."""
     rows = jnp.asarray(_interpolation_matrix(x.shape[1], shape[0]), x.dtype)
     cols = jnp.asarray(_interpolation_matrix(x.shape[2], shape[1]), x.dtype)
     return jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, cols)

@@ -1,17 +1,75 @@
-"""The named nets: a table of specs, and `create_model`, which builds one."""
+"""The named nets: what a net is, as plain data, and the table of them. Importing this imports neither JAX nor Flax."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-import jax.numpy as jnp
+# Programs for one layer, which give the same numbers at different speeds; see layers.py.
+Pointwise = Literal["convolution", "product"]
+Pooling = Literal["window", "slices"]
+Upsampling = Literal["gathers", "products"]
 
-from resattn_jax.models.network import ResidualAttentionNetwork, Spec, Stage, Stem
+MOST_UNITS = 64  # of p, t, r and last
 
 
-def _imagenet(modules: tuple[int, int, int], **options) -> Spec:
+@dataclasses.dataclass(frozen=True)
+class Stem:
+    """Convolution -> BN -> ReLU -> max-pool: `pool` is the window of the stride-2 pool, 0 for none."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    pool: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`units` residual units, the first with the stride, then `modules` attention modules of mask depth `depth`."""
+
+    features: int
+    modules: int
+    depth: int
+    stride: int
+    units: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a Residual Attention Network is. The letters p, t, r are the paper's (section 3, figure 2).
+
+    p: units before the trunk splits off; last: units after the mask product (the paper's p again);
+    t: units of the trunk branch; r: units between two poolings of the soft mask branch.
+    tail: (features, units, stride) of the units after the last stage, or None.
+    unit: "preact" (pre-activation bottleneck) or "resnext" (post-activation, 32 groups).
+    wiring: "paper" (and the authors' Caffe nets) or "double_skip" (public PyTorch code, GluonCV, pytorchcv):
+      the latter adds, beside the skip unit's output, its input, and the trunk to the last upsampling.
+    attention: "mixed", "channel" or "spatial" (paper, equations 4-6).
+    learning: "arl", (1 + M) * T (equation 3), or "nal", M * T (equation 1).
+    mask: "encoder_decoder" or "local_convolutions", the ablation without resampling (paper, table 4).
+    init: a key of layers.INITIALIZERS.
+    """
+
+    stem: Stem
+    stages: tuple[Stage, ...]
+    tail: tuple[int, int, int] | None = None
+    p: int = 1
+    t: int = 2
+    r: int = 1
+    last: int = 1
+    unit: Literal["preact", "resnext"] = "preact"
+    wiring: Literal["paper", "double_skip"] = "paper"
+    attention: Literal["mixed", "channel", "spatial"] = "mixed"
+    learning: Literal["arl", "nal"] = "arl"
+    mask: Literal["encoder_decoder", "local_convolutions"] = "encoder_decoder"
+    init: Literal["he_fan_in", "he_fan_out", "pytorch"] = "he_fan_in"
+
+
+def _imagenet(modules: tuple[int, int, int], **options: Any) -> Spec:
     """Paper, table 2: a 7x7/2 stem and 3x3/2 pool, three stages, three units of 2048."""
     one, two, three = modules
     return Spec(
@@ -42,7 +100,7 @@ def _cifar(modules: tuple[int, int, int], stem: Stem = Stem(32, 3)) -> Spec:
     )
 
 
-def _cifar_slim(modules: int, **options) -> Spec:
+def _cifar_slim(modules: int, **options: Any) -> Spec:
     """The paper's CIFAR nets, whose widths it does not print: fitted to its parameter counts (section 4.1)."""
     return Spec(
         stem=Stem(16, 3),
@@ -113,29 +171,34 @@ def model_names() -> list[str]:
     return list(NETS)
 
 
-def create_model(
-    name: str,
-    *,
-    num_classes: int,
-    dtype=jnp.float32,
-    axis_name: str | None = None,
-    remat: bool = False,
-    **options,
-) -> ResidualAttentionNetwork:
-    """Builds the net called `name`.
+def smallest_side(name: str, wiring: str | None = None, mask: str | None = None) -> int:
+    """The height and width of the smallest images that the poolings of a net leave anything of.
 
-    Args:
-      name: one of `model_names()`.
-      num_classes: length of the logits.
-      dtype: what the net computes in; parameters, statistics and logits stay float32.
-      axis_name: mesh axis over which batch statistics are synchronised inside `jax.shard_map`, or None.
-      remat: compute the inside of each residual unit anew in the backward pass, for less memory. Weights and results
-        stay what they are.
-      **options: overrides of the fields of `Spec` that are no shapes: wiring, attention, learning, mask, init,
-        p, t, r, last.
+    name: one of `model_names()`. wiring, mask: as options of `create_model`, or None for the net's own.
+    """
+    spec = NETS[name]
+    double_skip, pools = (wiring or spec.wiring) == "double_skip", (mask or spec.mask) == "encoder_decoder"
 
-    Raises:
-      ValueError: the name, an option or its value is not known; the message lists what is.
+    def smallest_map(side: int) -> int:
+        side = -(-side // spec.stem.stride)
+        if spec.stem.pool:
+            side = (side + (double_skip and spec.stem.pool == 3)) // 2
+        smallest = side
+        for stage in spec.stages:
+            side = bottom = -(-side // stage.stride)
+            for _ in range(stage.depth if pools else 0):
+                bottom = (bottom + double_skip) // 2  # PyTorch's padding keeps the last pixel, Caffe's does not
+            smallest = min(smallest, bottom)
+        return smallest
+
+    return next(side for side in itertools.count(1) if smallest_map(side))
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses what `create_model` would refuse, without JAX.
+
+    name: one of `model_names()`. options: {field of `Spec` that is no shape: value}.
+    Raises ValueError: the name, an option or its value is not known; the message lists what is.
     """
     if name not in NETS:
         raise ValueError(f"unknown model {name!r}{_nearest(name, NETS)}; there are {', '.join(NETS)}")
@@ -144,14 +207,18 @@ def create_model(
         if key not in _OPTIONS:
             raise ValueError(f"unknown model option {key!r}{_nearest(key, _OPTIONS)}; there are {', '.join(_OPTIONS)}")
         allowed = typing.get_args(types[key])
-        if allowed and value not in allowed:
-            raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
-        if not allowed and not (isinstance(value, int) and value >= 0):
-            raise ValueError(f"{key} is {value!r}; it must be a number of units, 0 or more")
-    spec = dataclasses.replace(NETS[name], **options)
-    return ResidualAttentionNetwork(spec, num_classes=num_classes, dtype=dtype, axis_name=axis_name, remat=remat)
+        if allowed:
+            check_choice(key, value, allowed)
+        elif type(value) is not int or not 0 <= value <= MOST_UNITS:
+            raise ValueError(f"{key} is {value!r}; it must be a number of units, 0 to {MOST_UNITS}")
 
 
-def _nearest(word: str, words) -> str:
+def check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError when a value is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), list(words), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

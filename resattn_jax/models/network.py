@@ -8,73 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+import typing
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear
+from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear, widen
+from resattn_jax.models.nets import NETS, Pointwise, Pooling, Spec, Upsampling, check_choice, check_options
 
-
-@dataclasses.dataclass(frozen=True)
-class Stem:
-    """Convolution -> BN -> ReLU -> max-pool: `pool` is the window of the stride-2 pool, 0 for none."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    pool: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """`units` residual units, the first with the stride, then `modules` attention modules of mask depth `depth`."""
-
-    features: int
-    modules: int
-    depth: int
-    stride: int
-    units: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What a Residual Attention Network is. The letters p, t, r are the paper's (section 3, figure 2).
-
-    p: units before the trunk splits off; last: units after the mask product (the paper's p again);
-    t: units of the trunk branch; r: units between two poolings of the soft mask branch.
-    tail: (features, units, stride) of the units after the last stage, or None.
-    unit: "preact" (pre-activation bottleneck) or "resnext" (post-activation, 32 groups).
-    wiring: "paper" (and the authors' Caffe nets) or "double_skip" (public PyTorch code, GluonCV, pytorchcv):
-      the latter adds, beside the skip unit's output, its input, and the trunk to the last upsampling.
-    attention: "mixed", "channel" or "spatial" (paper, equations 4-6).
-    learning: "arl", (1 + M) * T (equation 3), or "nal", M * T (equation 1).
-    mask: "encoder_decoder" or "local_convolutions", the ablation without resampling (paper, table 4).
-    init: a key of layers.INITIALIZERS.
-    """
-
-    stem: Stem
-    stages: tuple[Stage, ...]
-    tail: tuple[int, int, int] | None = None
-    p: int = 1
-    t: int = 2
-    r: int = 1
-    last: int = 1
-    unit: Literal["preact", "resnext"] = "preact"
-    wiring: Literal["paper", "double_skip"] = "paper"
-    attention: Literal["mixed", "channel", "spatial"] = "mixed"
-    learning: Literal["arl", "nal"] = "arl"
-    mask: Literal["encoder_decoder", "local_convolutions"] = "encoder_decoder"
-    init: Literal["he_fan_in", "he_fan_out", "pytorch"] = "he_fan_in"
+Layer = Callable[..., nn.Module]
+Resampling = Callable[..., jax.Array]
 
 
 class PreActivationUnit(nn.Module):
     """Pre-activation bottleneck; a shortcut convolution reads the pre-activated input (He et al., 2016)."""
 
     features: int
-    conv: Any
-    norm: Any
+    conv: Layer
+    norm: Layer
     stride: int = 1
 
     @nn.compact
@@ -94,8 +49,8 @@ class ResNeXtUnit(nn.Module):
     """ResNeXt bottleneck with 32 groups; ReLU follows the sum (Caffe AttentionNeXt prototxt)."""
 
     features: int
-    conv: Any
-    norm: Any
+    conv: Layer
+    norm: Layer
     stride: int = 1
 
     @nn.compact
@@ -109,14 +64,14 @@ class ResNeXtUnit(nn.Module):
         return nn.relu(y + x)
 
 
-UNITS = {"preact": PreActivationUnit, "resnext": ResNeXtUnit}
+UNITS: dict[str, type[nn.Module]] = {"preact": PreActivationUnit, "resnext": ResNeXtUnit}
 
 
 def attention_activation(x: jax.Array, kind: str) -> jax.Array:
     """Mask logits [B, H, W, C] to the mask (paper, section 3.3, equations 4-6): mixed, channel or spatial attention."""
     if kind == "mixed":
         return nn.sigmoid(x)
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # sums of squares over a map do not fit bfloat16
+    x32 = widen(x)  # sums of squares over a map do not fit bfloat16
     if kind == "channel":
         x32 = x32 * jax.lax.rsqrt(jnp.sum(x32**2, axis=-1, keepdims=True) + 1e-12)
     else:
@@ -130,9 +85,11 @@ class SoftMaskBranch(nn.Module):
 
     spec: Spec
     depth: int
-    unit: Any
-    conv: Any
-    norm: Any
+    unit: Layer
+    conv: Layer
+    norm: Layer
+    pool: Resampling
+    upsample: Resampling
 
     @nn.compact
     def __call__(self, x: jax.Array, trunk: jax.Array) -> jax.Array:
@@ -143,19 +100,19 @@ class SoftMaskBranch(nn.Module):
         else:
             y, downs = x, []
             for level in range(1, self.depth + 1):
-                y = max_pool(y, padding="both" if double_skip else "ceil")
+                y = self.pool(y, padding="both" if double_skip else "ceil")
                 if level < self.depth:
                     y = self._units(y, f"down{level}_", spec.r)
                     downs.append(y)
             y = self._units(y, "bottom", 2 * spec.r)
             for level in range(self.depth - 1, 0, -1):
                 down = downs[level - 1]
-                y = upsample_bilinear(y, down.shape[1:3])
+                y = self.upsample(y, down.shape[1:3])
                 y = y + down if double_skip else y
                 y = y + self.unit(name=f"skip{level}")(down)
                 y = self._units(y, f"up{level}_", spec.r)
             if self.depth:
-                y = upsample_bilinear(y, x.shape[1:3])
+                y = self.upsample(y, x.shape[1:3])
                 y = y + trunk if double_skip else y
         if spec.unit == "preact":  # the post-activation units have normalised already
             y = self.norm(name="norm1", relu=True)(y)
@@ -175,9 +132,11 @@ class AttentionModule(nn.Module):
 
     spec: Spec
     depth: int
-    unit: Any
-    conv: Any
-    norm: Any
+    unit: Layer
+    conv: Layer
+    norm: Layer
+    pool: Resampling
+    upsample: Resampling
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -186,7 +145,8 @@ class AttentionModule(nn.Module):
         trunk = x
         for i in range(1, self.spec.t + 1):
             trunk = self.unit(name=f"trunk{i}")(trunk)
-        mask = SoftMaskBranch(self.spec, self.depth, self.unit, self.conv, self.norm, name="mask")(x, trunk)
+        layers = self.unit, self.conv, self.norm, self.pool, self.upsample
+        mask = SoftMaskBranch(self.spec, self.depth, *layers, name="mask")(x, trunk)
         x = (1 + mask) * trunk if self.spec.learning == "arl" else mask * trunk
         for i in range(1, self.spec.last + 1):
             x = self.unit(name=f"last{i}")(x)
@@ -198,14 +158,18 @@ class ResidualAttentionNetwork(nn.Module):
 
     dtype: what convolutions compute in. axis_name: the mesh axis over which batch statistics are synchronised inside
     `jax.shard_map`; None keeps them local to a device. remat: the backward pass computes the inside of a residual unit
-    anew from the unit's input instead of keeping it, for less memory and one more forward pass.
+    anew from the unit's input instead of keeping it, for less memory and one more forward pass. pointwise, pooling,
+    upsampling: which program computes a 1x1 convolution, a max-pooling and an upsampling; see `create_model`.
     """
 
     spec: Spec
     num_classes: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     remat: bool = False
+    pointwise: Pointwise = "convolution"
+    pooling: Pooling = "window"
+    upsampling: Upsampling = "gathers"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -215,26 +179,28 @@ class ResidualAttentionNetwork(nn.Module):
         Raises ValueError when the input is too small for the poolings.
         """
         spec = self.spec
-        conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype)
+        conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype, pointwise=self.pointwise)
         norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name)
-        unit = nn.remat(UNITS[spec.unit]) if self.remat else UNITS[spec.unit]
-        unit = functools.partial(unit, conv=conv, norm=norm)
+        kind = nn.remat(UNITS[spec.unit]) if self.remat else UNITS[spec.unit]
+        unit: Layer = functools.partial(kind, conv=conv, norm=norm)
+        pool = functools.partial(max_pool, pooling=self.pooling)
+        upsample = functools.partial(upsample_bilinear, upsampling=self.upsampling)
 
         x = images.astype(self.dtype)
         x = conv(spec.stem.features, spec.stem.kernel_size, spec.stem.stride, name="stem_conv")(x)
         x = norm(name="stem_norm", relu=True)(x)
         if spec.stem.pool == 3:
-            x = max_pool(x, padding="both" if spec.wiring == "double_skip" else "ceil")
+            x = pool(x, padding="both" if spec.wiring == "double_skip" else "ceil")
         elif spec.stem.pool:
-            x = max_pool(x, window=spec.stem.pool, padding="valid")
+            x = pool(x, window=spec.stem.pool, padding="valid")
 
         for s, stage in enumerate(spec.stages, start=1):
             for i in range(1, stage.units + 1):
                 stride = stage.stride if i == 1 else 1
                 x = unit(stage.features, stride=stride, name=f"stage{s}_unit{i}")(x)
             for i in range(1, stage.modules + 1):
-                same = functools.partial(unit, stage.features)
-                x = AttentionModule(spec, stage.depth, same, conv, norm, name=f"stage{s}_attention{i}")(x)
+                layers = functools.partial(unit, stage.features), conv, norm, pool, upsample
+                x = AttentionModule(spec, stage.depth, *layers, name=f"stage{s}_attention{i}")(x)
 
         if spec.tail:
             features, units, stride = spec.tail
@@ -242,5 +208,55 @@ class ResidualAttentionNetwork(nn.Module):
                 x = unit(features, stride=stride if i == 1 else 1, name=f"tail_unit{i}")(x)
         if spec.unit == "preact":
             x = norm(name="head_norm", relu=True)(x)
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        x = jnp.mean(widen(x), axis=(1, 2))
         return Linear(self.num_classes, initializer=spec.init, name="head")(x)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    dtype: DTypeLike = "float32",
+    axis_name: str | None = None,
+    remat: bool = False,
+    pointwise: Pointwise = "convolution",
+    pooling: Pooling = "window",
+    upsampling: Upsampling = "gathers",
+    **options: Any,
+) -> ResidualAttentionNetwork:
+    """The net called `name`, as a Flax module.
+
+    Args:
+      name: one of `model_names()`.
+      num_classes: length of the logits.
+      dtype: what the net computes in; parameters, statistics and logits stay float32.
+      axis_name: mesh axis over which batch statistics are synchronised inside `jax.shard_map`, or None.
+      remat: compute the inside of each residual unit anew in the backward pass, for less memory. Weights and results
+        stay what they are.
+      pointwise: 1x1 convolutions as convolutions, or as matrix products over [B * H * W, C].
+      pooling: max-pooling as a reduction over windows, or as maxima of strided slices.
+      upsampling: bilinear interpolation as gathers, one axis after the other, or as two small matrices.
+        Of these three, the defaults are the form that other frameworks' converters take; results are equal up to
+        rounding, and which is faster depends on the device.
+      **options: overrides of the fields of `Spec` that are no shapes: wiring, attention, learning, mask, init,
+        p, t, r, last.
+
+    Raises:
+      ValueError: the name, an option or its value is not known; the message lists what is.
+      TypeError: dtype is none.
+    """
+    check_options(name, options)
+    check_choice("pointwise", pointwise, typing.get_args(Pointwise))
+    check_choice("pooling", pooling, typing.get_args(Pooling))
+    check_choice("upsampling", upsampling, typing.get_args(Upsampling))
+
+    return ResidualAttentionNetwork(
+        dataclasses.replace(NETS[name], **options),
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        axis_name=axis_name,
+        remat=remat,
+        pointwise=pointwise,
+        pooling=pooling,
+        upsampling=upsampling,
+    )

@@ -1,51 +1,65 @@
-"""A picture of a training batch as the network sees it: the first thing to look at when data is new."""
+"""--mode=show_data: a picture of a training batch as the net sees it, the first thing to look at when data is new."""
 
 from __future__ import annotations
 
-import pathlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from resattn_jax import runtime
+from resattn_jax.cli import Command
+from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.experiment import build
+from resattn_jax.run import Run
 from resattn_jax.train_step import network_inputs
 
 IMAGES = 64  # no more than these are shown
 _COLUMNS, _SMALLEST, _TEXT = 8, 128, 32  # images a row; pixels: the least side of an image, the lines under it
 
 
+def run(command: Command) -> None:
+    """Prints where the picture lies."""
+    runtime.initialize(*command.cluster)
+    print(f"a training batch as the net sees it: {write_contact_sheet(command.config, command.run.path)}")
+
+
 def write_contact_sheet(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None
-) -> pathlib.Path:
-    """Writes workdir/data.png: the images of the first batch after all augmentation, each over its classes.
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, devices: list[jax.Device] | None = None
+) -> epath.Path:
+    """Writes data.png into the workdir: the images of the first batch after all augmentation, each over its classes.
 
     Colours are those of the file again (standardising undone, cut off at black and white). A mixed image has its two
     largest shares under it. Returns the path. Raises UsageError for faults of the config or the data.
     """
-    experiment = build(config, devices)
-    train, recipe, names = experiment.train, experiment.recipe, experiment.train.class_names
+    run = Run(workdir)
+    data, mesh = TrainingData(config), runtime.make_mesh(devices)
+    experiment = build(config, data.spec, mesh)
+    train = data.train_stream(mesh, experiment.platform, batch_size=config.batch_size, steps_per_dispatch=1)
+    recipe, names = experiment.recipe, data.spec.class_names
 
-    def inputs(arrays, batches):
+    def inputs(arrays: Any, batches: Any) -> tuple[jax.Array, jax.Array]:
         images, labels = train.take(arrays, jax.tree.map(lambda x: x[0], batches))
-        return network_inputs(recipe, np.int32(0), images, labels, len(names))
+        return network_inputs(recipe, jnp.int32(0), images, labels, len(names))
 
-    spread = jax.shard_map(
-        inputs, mesh=experiment.mesh, in_specs=(P(), P(None, "data")), out_specs=P("data"), check_vma=False
-    )
-    batches = train.train_batches(config.seed, 0, 1, config.batch_size, 1)
-    images, targets = multihost_utils.process_allgather(jax.jit(spread)(train.arrays, batches), tiled=True)
+    spread = jax.shard_map(inputs, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P("data"), check_vma=False)
+    images, targets = multihost_utils.process_allgather(jax.jit(spread)(train.arrays, train.batches(0, 1)), tiled=True)
+    train.close()
     pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)[:IMAGES]
-    path = workdir / "data.png"
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _draw(pixels, [_caption(target, names, config.label_smoothing) for target in targets[:IMAGES]]).save(path)
-    return path
+        captions = [_caption(target, names, config.label_smoothing) for target in targets[:IMAGES]]
+        run.path.mkdir(parents=True, exist_ok=True)
+        with (run.path / "data.png").open("wb") as file:
+            _draw(pixels, captions).save(file, "PNG")
+    return run.path / "data.png"
 
 
 def _caption(target: np.ndarray, names: tuple[str, ...], smoothing: float) -> str:

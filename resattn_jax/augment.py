@@ -1,6 +1,6 @@
 """What happens to a batch on the device, inside the compiled step: colours, normalise, crop, flip, erase, mix.
 
-Randomness belongs to an example's place in the global batch, never to the device that holds it, so that a batch is
+Randomness belongs to an example's position in the global batch, never to the device that holds it, so that a batch is
 the same on one device and on many.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 
@@ -24,7 +25,7 @@ def random_crop(keys: jax.Array, images: jax.Array, padding: int) -> jax.Array:
     """Zero-pads `padding` pixels on each side and crops the old size at random. [B, H, W, C], one key an image."""
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
-    def crop(key, image):
+    def crop(key: jax.Array, image: jax.Array) -> jax.Array:
         y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
         return jax.lax.dynamic_slice(image, (y, x, 0), images.shape[1:])
 
@@ -45,7 +46,7 @@ def random_erasing(keys: jax.Array, images: jax.Array, probability: float) -> ja
     """
     height, width = images.shape[1:3]
 
-    def rectangle(key):
+    def rectangle(key: jax.Array) -> jax.Array:
         on, area, aspect, y, x = jax.random.uniform(key, (5,))
         area = (0.02 + 0.31 * area) * height * width
         aspect = 0.3 * (3.3 / 0.3) ** aspect
@@ -65,7 +66,7 @@ def cutout(keys: jax.Array, images: jax.Array, size: int) -> jax.Array:
     """
     height, width = images.shape[1:3]
 
-    def square(key):
+    def square(key: jax.Array) -> jax.Array:
         top, left = jax.random.randint(key, (2,), 0, jnp.array([height, width])) - size // 2
         return jnp.stack([top, left, top + size, left + size])
 
@@ -101,56 +102,56 @@ def pca_lighting(keys: jax.Array, images: jax.Array, deviation: float) -> jax.Ar
 
 
 def recolor(
-    key: jax.Array, positions: jax.Array, images: jax.Array, *, jitter: tuple[float, float, float], lighting: float
+    section: ml_collections.FrozenConfigDict, key: jax.Array, positions: jax.Array, images: jax.Array
 ) -> jax.Array:
-    """Colour jitter and PCA lighting of RGB images [B, H, W, 3] in 0 … 255; positions as `augment` takes them."""
-    if any(jitter):
-        images = color_jitter(_keys(key, positions, 2), images, jitter)
-    if lighting:
-        images = pca_lighting(_keys(key, positions, 3), images, lighting)
+    """What config.augment asks for before images are normalised, [B, H, W, C] in 0 … 255.
+
+    positions int32 [B] are the examples' positions in the global batch.
+    """
+    if any(section.color_jitter):
+        images = color_jitter(_keys(key, positions, 2), images, section.color_jitter)
+    if section.pca_lighting:
+        images = pca_lighting(_keys(key, positions, 3), images, section.pca_lighting)
     return images
 
 
 def augment(
-    key: jax.Array,
-    positions: jax.Array,
-    images: jax.Array,
-    *,
-    crop_padding: int,
-    flip: bool,
-    erasing: float = 0.0,
-    cutout_size: int = 0,
+    section: ml_collections.FrozenConfigDict, key: jax.Array, positions: jax.Array, images: jax.Array
 ) -> jax.Array:
-    """Crop, flip, random erasing and cutout of normalised images [B, H, W, C].
+    """What config.augment asks for of normalised images [B, H, W, C], whose zero is the mean colour.
 
-    positions int32 [B] are the examples' places in the global batch.
+    positions as in `recolor`. Each operation has a number of its own for its random keys.
     """
-    if crop_padding:
-        images = random_crop(_keys(key, positions, 0), images, crop_padding)
-    if flip:
+    if section.crop_padding:
+        images = random_crop(_keys(key, positions, 0), images, section.crop_padding)
+    if section.flip:
         images = random_flip(_keys(key, positions, 1), images)
-    if erasing:
-        images = random_erasing(_keys(key, positions, 4), images, erasing)
-    if cutout_size:
-        images = cutout(_keys(key, positions, 5), images, cutout_size)
+    if section.random_erasing:
+        images = random_erasing(_keys(key, positions, 4), images, section.random_erasing)
+    if section.cutout:
+        images = cutout(_keys(key, positions, 5), images, section.cutout)
     return images
 
 
-def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mixup_alpha: float, cutmix_alpha: float, on: jax.Array):
+def mix(
+    section: ml_collections.FrozenConfigDict, key: jax.Array, images: jax.Array, targets: jax.Array, on: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Mixup, CutMix, or where both have an alpha one of them a batch, with equal chances. Arguments as theirs."""
-    if mixup_alpha and cutmix_alpha:
+    if section.mixup_alpha and section.cutmix_alpha:
         key, coin = jax.random.split(key)
         first = jax.random.bernoulli(coin)
-        images, targets = mixup(key, images, targets, mixup_alpha, on & first)
-        return cutmix(key, images, targets, cutmix_alpha, on & ~first)
-    if mixup_alpha:
-        return mixup(key, images, targets, mixup_alpha, on)
-    if cutmix_alpha:
-        return cutmix(key, images, targets, cutmix_alpha, on)
+        images, targets = mixup(key, images, targets, section.mixup_alpha, on & first)
+        return cutmix(key, images, targets, section.cutmix_alpha, on & ~first)
+    if section.mixup_alpha:
+        return mixup(key, images, targets, section.mixup_alpha, on)
+    if section.cutmix_alpha:
+        return cutmix(key, images, targets, section.cutmix_alpha, on)
     return images, targets
 
 
-def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float, on: jax.Array):
+def mixup(
+    key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float, on: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Mixup (Zhang et al., ICLR 2018): lambda * x_a + (1 - lambda) * x_b with one lambda ~ Beta(alpha, alpha) a batch.
 
     The partner of an example is its neighbour in the batch. The batch comes in random order, so this is a random
@@ -161,13 +162,15 @@ def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float, o
     """
     lam = jnp.where(on, jax.random.beta(key, alpha, alpha), 1.0)
 
-    def mix(x):
+    def mix(x: jax.Array) -> jax.Array:
         return lam * x + (1 - lam) * _neighbours(x)
 
     return mix(images), mix(targets)
 
 
-def cutmix(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float, on: jax.Array):
+def cutmix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float, on: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """CutMix (Yun et al., ICCV 2019): a window of each image is its neighbour's, the same window for all of a batch.
 
     Its share of the area is 1 - lambda, lambda ~ Beta(alpha, alpha), before what lies beyond the rim falls away; the
@@ -198,7 +201,7 @@ def _keys(key: jax.Array, positions: jax.Array, purpose: int) -> jax.Array:
 
 def _window(box: jax.Array, height: int, width: int) -> jax.Array:
     """bool [height, width], true within (top, left, bottom, right)."""
-    y, x = jnp.arange(height)[:, None], jnp.arange(width)[None]
+    y, x = jnp.arange(height, dtype=box.dtype)[:, None], jnp.arange(width, dtype=box.dtype)[None]
     return (y >= box[0]) & (y < box[2]) & (x >= box[1]) & (x < box[3])
 
 

@@ -1,0 +1,287 @@
+"""The command line: flags, which mode each belongs to, and what is wrong with it in one line.
+
+Nothing here imports JAX, so that a mistake is told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import runpy
+import stat
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import app, flags
+
+from resattn_jax.config import OF_THE_NET, changed, check, check_keys, check_values, compare, no_such_key, resolve_total
+from resattn_jax.errors import UsageError, nearest, reason
+from resattn_jax.rules import RULES, shortened, shown
+from resattn_jax.run import Run
+from resattn_jax.signals import SIGNALS
+
+BEGAN = time.perf_counter()
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEFAULT_CONFIG = "configs/digits.py"
+_MOST = 1 << 20  # processes
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One mode, whose code is `run(command)` in the module of its name under modes/.
+
+    flags: those that are its own. needs: those of which one has to be given, and no more. of_a_run: model, data and
+    recipe are those of the run in the workdir.
+    """
+
+    what: str
+    flags: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    of_a_run: bool = False
+
+
+_DEVICES = ("workdir", "coordinator", "num_processes", "process_id")
+
+MODES = {
+    "train": Mode("start a run, or go on with it", _DEVICES),
+    "evaluate": Mode("measure a checkpoint", (*_DEVICES, "checkpoint"), of_a_run=True),
+    "prepare": Mode("download the data set"),
+    "show_data": Mode("draw a training batch as the net sees it", _DEVICES),
+    "import": Mode(
+        "make a run of the PyTorch checkpoint --torch_checkpoint",
+        (*_DEVICES, "torch_checkpoint"),
+        needs=("torch_checkpoint",),
+    ),
+    "export": Mode(
+        "write a checkpoint to --output, or for PyTorch to --torch_checkpoint",
+        (*_DEVICES, "checkpoint", "output", "torch_checkpoint"),
+        needs=("output", "torch_checkpoint"),
+        of_a_run=True,
+    ),
+}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "config", None, f"The recipe; override a value with --config.key=value. Default: the run's, or {DEFAULT_CONFIG}."
+)
+flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {mode.what}" for name, mode in MODES.items()) + ".")
+flags.DEFINE_string("workdir", None, "Where the run lies. Default: runs/NAME for configs/NAME.py.")
+flags.DEFINE_string("checkpoint", "newest", "Which one to evaluate or export: newest, best (by top-1), or a step.")
+flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
+flags.DEFINE_string("output", None, "The folder an export is written to; `resattn_jax.load` opens it.")
+flags.DEFINE_string("coordinator", None, "Many hosts, if they are not found by themselves: HOST:PORT of the first.")
+flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", 1, _MOST)
+flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0, _MOST)
+
+_OF_MODES = sorted({flag for mode in MODES.values() for flag in mode.flags})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What a command line asks for.
+
+    config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
+    command line changes. checkpoint: "newest", "best" or a step. cluster: the arguments of `runtime.initialize`.
+    began: `time.perf_counter()` when the program started.
+    """
+
+    mode: str
+    config: ml_collections.ConfigDict
+    run: Run
+    checkpoint: str
+    torch_checkpoint: str | None
+    output: str | None
+    cluster: tuple[str | None, int | None, int | None]
+    began: float
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """What the command line asks for. Raises UsageError for whatever it cannot mean."""
+    named, given = _parse_flags(argv)
+    mode = MODES[FLAGS.mode]
+    for flag in _OF_MODES:
+        if FLAGS[flag].present and flag not in mode.flags:
+            theirs = " and ".join(f"--mode={name}" for name, mode in MODES.items() if flag in mode.flags)
+            raise UsageError(f"--{flag} is for {theirs}, not for --mode={FLAGS.mode}")
+    if mode.needs and sum(FLAGS[flag].present for flag in mode.needs) != 1:
+        wanted = " or ".join(f"--{flag}=PATH" for flag in mode.needs)
+        raise UsageError(f"--mode={FLAGS.mode} needs {wanted}{', one of them' * (len(mode.needs) > 1)}")
+    if not re.fullmatch(r"newest|best|\d{1,10}", FLAGS.checkpoint, re.ASCII):
+        raise UsageError(f"--checkpoint={shortened(FLAGS.checkpoint)}: it must be newest, best or the number of a step")
+    config = _recipe(DEFAULT_CONFIG if named is None else named, given)
+    run = Run(_path("workdir") or f"runs/{pathlib.Path((named or DEFAULT_CONFIG).partition(':')[0]).stem}")
+    return Command(
+        mode=FLAGS.mode,
+        config=_effective(run, config, given, named=named is not None),
+        run=run,
+        checkpoint=FLAGS.checkpoint,
+        torch_checkpoint=_path("torch_checkpoint"),
+        output=_path("output"),
+        cluster=_cluster(),
+        began=BEGAN,
+    )
+
+
+def parse_config(argv: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of a command line that names no run: --config=FILE --config.key=value. Raises UsageError."""
+    named, given = _parse_flags(argv)
+    config = _recipe(DEFAULT_CONFIG if named is None else named, given)
+    check(config)
+    return config
+
+
+def _effective(
+    run: Run, config: ml_collections.ConfigDict, given: dict[str, Any], *, named: bool
+) -> ml_collections.ConfigDict:
+    """The config a mode works with. named: whether --config was given.
+
+    Where there is a run, its config goes before the file's for every mode but training, and for training too unless
+    the file is named; what is set by hand changes it as far as it may.
+    """
+    measuring = MODES[FLAGS.mode].of_a_run
+    then = run.config if measuring or (FLAGS.mode == "train" and not named and FLAGS.workdir) else None
+    if then is None:
+        check(config)
+        return config
+    if not measuring:
+        config = changed(then, given, ("always",), run)
+        check(config)
+        return config
+    if named:  # the run's own recipe counts; the file's must be one of the same net
+        compare(then, config, run, allowed=("always", "measuring"), only=OF_THE_NET)
+    config = changed(then, given, ("always", "measuring"), run)
+    check_values(config)
+    return config
+
+
+def _parse_flags(argv: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """(the recipe that --config names, or None, what --config.key=value sets); FLAGS then has the other flags."""
+    app.define_help_flags()
+    for flag in ("config", "mode", *_OF_MODES):
+        FLAGS.register_key_flag_for_module(argv[0], FLAGS[flag])  # for --help
+    try:
+        named, given, others = _taken_apart(FLAGS.read_flags_from_files(argv[1:], force_gnu=False))
+        left = FLAGS([argv[0], *others])[1:]
+    except (flags.Error, ValueError) as error:
+        raise UsageError(shortened(reason(error), 300)) from error
+    if left:
+        raise UsageError(f"unexpected argument {shown(left[0])}; a flag is written --flag=value")
+    return named, given
+
+
+def _taken_apart(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
+    """(the recipe that --config names, or None, what --config.key=value sets, the arguments that are other flags).
+
+    A value may be the next argument, but for True and False: --config.key and --noconfig.key. The last of two counts.
+    """
+    named, given, others = None, {}, []
+    rest = iter(arguments)
+    for argument in rest:
+        match = re.fullmatch(r"--?(no)?config(?:\.([^=]*))?(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            _check_known(argument)
+            others.append(argument)
+            continue
+        no, key, value = match.groups()
+        if key is not None and key not in RULES:
+            raise no_such_key(key)
+        switch = key is not None and RULES[key].choices == (True, False)
+        if no and (value is not None or not switch):
+            raise UsageError(f"{shortened(argument)}: it is written --config.KEY=VALUE")
+        if value is None:
+            value = str(not no) if switch else next(rest, None)
+        if value is None:
+            raise UsageError(f"{argument} has no value; it is written {argument}=VALUE")
+        if key is None:
+            named = value
+        else:
+            given[key] = RULES[key].parse(key, value)
+    return named, given, others
+
+
+def _check_known(argument: str) -> None:
+    flag = argument.lstrip("-").partition("=")[0]
+    if argument.startswith("-") and flag and flag not in FLAGS and flag.removeprefix("no") not in FLAGS:
+        raise UsageError(f"there is no flag --{shortened(flag)}{nearest(f'--{flag}', [f'--{f}' for f in FLAGS])}")
+
+
+def _recipe(path: str, given: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a file, FILE or FILE:VARIANT, with what is set by hand. Raises UsageError."""
+    name, *variant = path.split(":", 1)
+    files = os.path.expanduser(name), str(ROOT / name)  # the program may be started from another folder
+    file = next(filter(os.path.isfile, files), None)
+    if file is None:
+        there = sorted({f.stem for f in (ROOT / "configs").glob("*.py")} - {"__init__", "default"})
+        near = nearest(name, [f"configs/{stem}.py" for stem in there])
+        raise UsageError(f"there is no config {shown(name)}{near}; configs/ has {', '.join(there)}")
+    try:
+        config = ml_collections.ConfigDict(runpy.run_path(file)["get_config"](*variant))
+    except (Exception, SystemExit) as error:  # whatever a recipe raises
+        raise UsageError(
+            f"the config {shown(path)} does not load: {type(error).__name__}: {shortened(reason(error), 200)}"
+        ) from error
+    check_keys(config)
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict(given)
+    resolve_total(config, given)
+    return config
+
+
+def _path(flag: str) -> str | None:
+    """The path that a flag names, `~` being the home folder; None where it is not given.
+
+    Raises UsageError for what can be none.
+    """
+    if (given := FLAGS[flag].value) is None:
+        return None
+    path, named = os.path.expanduser(given), f"--{flag}={shortened(given)}"
+    if "://" in path:
+        raise UsageError(f"{named} is no path; mount the bucket and name that folder")
+    if not path.strip() or path.startswith("~"):
+        raise UsageError(f"{named} is no path; write one, in which ~ is your home folder")
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{named}: {getattr(error, 'strerror', error)}") from error
+    if is_folder != (flag != "torch_checkpoint"):
+        raise UsageError(f"{named} is {'a folder; name a file' if is_folder else 'a file; name a folder'}")
+    return path
+
+
+def _cluster() -> tuple[str | None, int | None, int | None]:
+    """--coordinator, --num_processes and --process_id. Raises UsageError where they do not go together."""
+    address, count, process = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    if len({value is None for value in (address, count, process)}) == 2:
+        raise UsageError("--coordinator, --num_processes and --process_id need each other")
+    if address is None:
+        return None, None, None
+    port = re.fullmatch(r"\S+:(\d{1,5})", address, re.ASCII)
+    if not port or not 0 < int(port[1]) < 65536:
+        raise UsageError(f"--coordinator={shortened(address)}: it is written HOST:PORT")
+    if process >= count:
+        raise UsageError(f"--process_id={process}: it must be less than --num_processes, which is {count}")
+    return address, count, process
+
+
+def use_large_pages(program: str) -> None:
+    """Starts `program` again, once, with a C library that asks the system for pages of 2 MB where it asks for much.
+
+    On the CPU the temporaries of a step are one piece of memory, 2.5 GB for ra92_cifar and 64 images, mapped anew for
+    every step; in pages of 4 kB that alone takes a fifth of it. glibc reads the setting when a process starts, other C
+    libraries pass it over, and one that is set already is left alone. A process that is another program, a notebook's
+    for instance, is left alone too.
+    """
+    is_program = any(os.path.exists(a) and os.path.samefile(a, program) for a in sys.orig_argv[1:])
+    if sys.platform == "linux" and is_program and not LARGE_PAGES.keys() & os.environ.keys():
+        os.environ.update(LARGE_PAGES)
+        SIGNALS.block()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

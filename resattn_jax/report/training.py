@@ -1,0 +1,113 @@
+"""What a person sees of a run as it goes, and what is kept of it: console, metrics.jsonl, TensorBoard.
+
+One process of a run reports; on the other hosts of a cluster every method does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import rich.console
+import rich.progress
+import rich.table
+import tensorboardX
+
+from resattn_jax.report.console import metrics_table
+from resattn_jax.run import Run
+
+_FORMATS = {"top1": "{:.2%}", "top5": "{:.2%}", "ece": "{:.2%}", "images_per_second": "{:,.0f}", "examples": "{:,}"}
+
+
+class Report:
+    """Console and log files of one run. Use it as a context manager; `total_steps` is where the progress line ends."""
+
+    def __init__(self, run: Run, total_steps: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._console = rich.console.Console(highlight=False)
+        self._run, self._total = run, total_steps
+        self._events: tensorboardX.SummaryWriter | None = None
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("step"),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.BarColumn(),
+            rich.progress.TextColumn("{task.fields[metrics]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, metrics="")
+
+    def __enter__(self) -> Report:
+        if self._active:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self._progress.stop()
+            if self._events:
+                self._events.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        if self._active:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, step: int) -> None:
+        """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes."""
+        if self._active:
+            self._run.forget_after(step)
+            self._events = tensorboardX.SummaryWriter(str(self._run.path), purge_step=step + 1)
+            self._progress.update(self._task, completed=step)
+
+    def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
+        """Moves the progress line."""
+        if self._active:
+            speed = "" if images_per_second is None else f" · {images_per_second:,.0f} images/s"
+            self._progress.update(self._task, completed=step, metrics=f"loss {loss:.4f}{speed}")
+
+    def log(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """Writes metrics as `split/name` to metrics.jsonl and TensorBoard, and prints a line of them.
+
+        `begin` comes first. On a terminal the lines of "train" are left to the progress line.
+        """
+        if not self._active:
+            return
+        assert self._events
+        self._run.log({"step": step, **{f"{split}/{k}": v for k, v in metrics.items()}})
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        self._events.flush()
+        if split != "train" or not self._console.is_terminal:
+            shown = "  ".join(f"{name} {_FORMATS.get(name, '{:.4g}').format(v)}" for name, v in numbers.items())
+            self.say(f"step {step}/{self._total}  {split}:  {shown}")
+
+    def model(self, params: Any, multiply_adds: int) -> None:
+        """Prints parameters per block, the total and the multiply-adds; writes every single one to parameters.txt."""
+        if not self._active:
+            return
+        overview = clu.parameter_overview.get_parameter_overview(params, include_stats=False)
+        self._run.write("parameters.txt", overview + "\n")
+        blocks = {name: {"parameters": tree} for name, tree in params.items()}
+        table = rich.table.Table("block", "parameters", title=None)
+        table.columns[1].justify = "right"
+        for name, block in blocks.items():
+            table.add_row(name, f"{clu.parameter_overview.count_parameters(block):,}")
+        table.add_row("total", f"{clu.parameter_overview.count_parameters(params):,}", style="bold")
+        self._console.print(table)
+        listed = self._run.path / "parameters.txt"
+        self.say(f"multiply-adds an image: {multiply_adds / 1e9:.3f} G; every parameter is listed in {listed}")
+
+    def result(self, result: dict[str, Any]) -> None:
+        """Writes result.json and prints the table at the end: the last step's metrics and the best's."""
+        if self._active:
+            self._run.write_result(result)
+            rows = {"last": {"step": result["step"], **result["final"]}, "best top-1": result["best"]}
+            self._console.print(metrics_table(rows))

@@ -1,0 +1,133 @@
+"""A trained net as an object: it gives what an evaluation of its run measures, whatever form an image comes in."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from helpers import encoded, plain_spec
+
+import resattn_jax
+from resattn_jax.classifier import Classifier
+from resattn_jax.data.sources import open_source, read
+from resattn_jax.errors import UsageError
+from resattn_jax.modes.evaluate import evaluate_checkpoint
+from resattn_jax.modes.export import export_folder
+from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.run import Run
+
+
+@pytest.fixture
+def trained(tiny_config, one_device, tmp_path):
+    """A run whose two evaluations differ, so that best and newest can be told apart."""
+    train_and_evaluate(tiny_config, tmp_path / "run", one_device)
+    return tmp_path / "run"
+
+
+def test_it_reaches_what_its_run_measured(trained, tiny_config, one_device):
+    digits = read(open_source("digits", "test"))
+    for checkpoint in ("best", "newest", "6"):
+        net = resattn_jax.load(trained, checkpoint)
+        probabilities = net.predict(digits.images)
+        measured = evaluate_checkpoint(tiny_config, trained, checkpoint, one_device)
+        assert probabilities.shape == (360, 10)
+        assert probabilities.dtype == np.float32
+        assert np.mean(probabilities.argmax(-1) == digits.labels) == pytest.approx(measured["top1"])
+        loss = -np.log(probabilities[np.arange(360), digits.labels]).mean()
+        assert loss == pytest.approx(measured["loss"], rel=1e-5)
+    assert net.labels == tuple("0123456789")
+    assert net.spec.image_shape == (8, 8, 1)
+
+
+def test_logits_are_the_nets_own(trained, tiny_config, one_device):
+    """Standardised by hand, through the module itself."""
+    net = resattn_jax.load(trained)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    by_hand = net.model.apply(net.variables, (np.float32(images) / 255 - 0.306) / 0.377, train=False)
+    np.testing.assert_allclose(net.logits(images), by_hand, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(net.predict(images), jax.nn.softmax(by_hand), rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_comes_in_any_form(trained, tmp_path):
+    net = resattn_jax.load(trained)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    picture = PIL.Image.fromarray(pixels)
+    path = tmp_path / "a [picture] with é.png"
+    picture.save(path)
+    expected = net.logits(pixels)
+    assert expected.shape == (1, 10)
+    colour = np.repeat(pixels[..., None], 3, -1)
+    for image in (str(path), path, picture, pixels[..., None], pixels / 255, np.float32(pixels / 255), [path], colour):
+        np.testing.assert_array_equal(net.logits(image), expected)
+    many = net.logits([path, picture, pixels])
+    np.testing.assert_allclose(many, np.repeat(expected, 3, 0), rtol=1e-5)
+    assert net.logits([]).shape == (0, 10)
+    [best] = net.top(pixels, k=3)
+    assert [name for name, _ in best] == [net.labels[i] for i in np.argsort(-expected[0])[:3]]
+    assert net.logits(np.repeat(pixels, 4, 0).repeat(4, 1)).shape == (1, 10)  # another size is resized
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 2), np.uint8), r"an image is uint8 or float .*, not uint8 \(8, 8, 2\)"),
+        (np.zeros((8, 8), np.int64), "not int64"),
+        (np.full((8, 8), 7.0), r"must lie in 0 … 1; one of uint8 in 0 … 255"),
+        (np.full((8, 8), np.nan), r"must lie in 0 … 1"),
+        ("nowhere.png", r"nowhere.png cannot be read: .*No such file"),
+    ],
+)
+def test_what_is_no_image_is_told(trained, image, message):
+    with pytest.raises(UsageError, match=message):
+        resattn_jax.load(trained).predict(image)
+
+
+def test_a_broken_picture_is_told_by_its_name(trained, tmp_path):
+    (tmp_path / "broken.png").write_bytes(encoded(PIL.Image.new("L", (8, 8)))[:30])
+    with pytest.raises(UsageError, match=r"broken.png cannot be read: "):
+        resattn_jax.load(trained).predict(tmp_path / "broken.png")
+
+
+def test_an_exported_net_needs_neither_its_run_nor_its_data(trained, tiny_config, tmp_path, monkeypatch):
+    there = resattn_jax.load(trained)
+    export_folder(tiny_config, trained, "best", tmp_path / "net")
+    trained.rename(tmp_path / "gone")
+    from resattn_jax.data import pipelines
+
+    monkeypatch.setattr(pipelines, "open_source", None)
+    here = resattn_jax.load(tmp_path / "net")
+    images = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(here.logits(images), there.logits(images))
+    assert here.config.to_dict() == there.config.to_dict()
+    assert here.spec.to_plain() == there.spec.to_plain()
+    with pytest.raises(UsageError, match="is the workdir of a run; choose another --output"):
+        export_folder(tiny_config, tmp_path / "gone", "best", tmp_path / "gone")
+
+
+def test_what_is_no_net_is_told(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no config.json: it is no workdir of a run, and no exported net"):
+        resattn_jax.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    Run(tmp_path).write("config.json", '{"seed": 0}')
+    with pytest.raises(UsageError, match="has no 'batch_size'"):
+        resattn_jax.load(tmp_path)
+
+
+def test_a_large_picture_is_resized_and_cropped_as_in_the_evaluation(tiny_config, one_device):
+    """A streamed set: the shorter side is size / crop_fraction, the centre is cut out."""
+    tiny_config.data.mean, tiny_config.data.std = (0.0,), (1.0,)
+    spec = plain_spec((8, 8, 3), resident=False, crop_fraction=0.5)
+    tiny_config.eval.crop_fraction = 0.5
+    from resattn_jax.data.pictures import Picture
+    from resattn_jax.data.pipelines import eval_transform
+    from resattn_jax.experiment import build
+    from resattn_jax.runtime import make_mesh
+
+    variables = build(tiny_config, spec, make_mesh(one_device)).initial_state().variables
+    net = Classifier(tiny_config, spec, variables)
+    rng = np.random.default_rng(0)
+    large = rng.integers(0, 256, (40, 60, 3), np.uint8)
+    [seen] = eval_transform(tiny_config, net.spec)(Picture(encoded(PIL.Image.fromarray(large))))
+    by_hand = PIL.Image.fromarray(large).resize((24, 16), PIL.Image.Resampling.BILINEAR).crop((8, 4, 16, 12))
+    np.testing.assert_array_equal(seen, np.asarray(by_hand))
+    logits = net.model.apply(net.variables, np.float32(by_hand)[None] / 255, train=False)
+    np.testing.assert_allclose(net.logits(large), logits, rtol=1e-4, atol=1e-5)

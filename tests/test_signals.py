@@ -1,0 +1,152 @@
+"""A signal ends the program in one line at any stage; a run saves first; nothing that was started stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from helpers import ROOT, lines
+
+RUN = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
+RUN += ["--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
+
+
+def start(workdir, *flags, program=("main.py",)):
+    command = [sys.executable, *program, *RUN, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(process, word):
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.4, 0.8, 1.5, 3.0])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_before_the_first_step_it_is_one_line(seconds, number, tmp_path):
+    """During imports, data, first weights, compiling: whatever is at work after so many seconds."""
+    process = start(tmp_path / "run")
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert said == f"stopped by {number.name}; the same command starts again\n"
+
+
+STUCK = """
+import hashlib, sys
+sys.argv[0] = "main.py"
+import main
+from resattn_jax.experiment import Experiment
+
+def compile_for_minutes(self):
+    print("compiling", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # inside C, as a compiler is, where Python's handlers do not run
+
+Experiment.train_shapes = compile_for_minutes
+sys.exit(main.program())
+"""
+
+
+def test_a_compiler_that_takes_minutes_does_not_hold_it(tmp_path):
+    process = start(tmp_path, program=("-c", STUCK))
+    until(process, "compiling")
+    until(process, "compiling")
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert (process.returncode, said.count("\n")) == (143, 1), said
+
+
+def test_a_second_signal_ends_a_run_at_once_with_the_checkpoints_it_had(tmp_path):
+    process = start(tmp_path, "--config.checkpoint.every=10 steps")
+    until(process, "step 25/")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.count("\n") == 1
+    assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_pipe_that_closes_is_no_traceback(tmp_path):
+    process = start(tmp_path)
+    until(process, "step 5/")
+    process.stdout.close()
+    process.wait(timeout=60)
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.returncode in (1, 128 + signal.SIGPIPE)  # the first is what rich ends a program with
+    assert said == ""
+
+
+def test_a_killed_run_leaves_no_data_workers(tmp_path):
+    process = start(
+        tmp_path, "--config.data.pipeline=streaming", "--config.data.workers=2", "--config.data.mean=(0.3,)"
+    )
+    until(process, "step 5/")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_killed_at_ten_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
+    """kill -9, saves included: weights to the bit, each logged step once, the same result."""
+    from resattn_jax.checkpoint import Reader
+
+    short = [
+        *RUN[:-1],
+        "--config.total_steps=400",
+        "--config.eval.every=100 steps",
+        "--config.checkpoint.every=7 steps",
+    ]
+    short += ["--config.log_every=20 steps", "--config.schedule.warmup=10 steps"]
+
+    def run(workdir):
+        command = [sys.executable, "main.py", *short, f"--workdir={workdir}"]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    straight = run(tmp_path / "straight")
+    _, said = straight.communicate(timeout=300)
+    assert straight.returncode == 0, said
+    kills = 0
+    for moment in range(10):
+        process = run(tmp_path / "killed")
+        until(process, "first step after")
+        time.sleep(0.05 + 0.17 * moment)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    last = run(tmp_path / "killed")
+    out, said = last.communicate(timeout=300)
+    assert last.returncode == 0, said
+    assert kills >= 3, out
+
+    both = []
+    for name in ("straight", "killed"):
+        with Reader(tmp_path / name / "checkpoints") as checkpoints:
+            both.append(checkpoints._read(400, {"model": None, "optimizer": None, "ema": None}))
+        for line in (logged := lines(tmp_path / name)):
+            line.pop("train/images_per_second", None)
+        both[-1]["lines"] = logged
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        both[-1]["result"] = {key: value for key, value in result.items() if key != "train_images_per_second"}
+    assert both[0]["lines"] == both[1]["lines"]
+    assert both[0]["result"] == both[1]["result"]
+    from helpers import assert_same_bits
+
+    for item in ("model", "optimizer", "ema"):
+        assert_same_bits(both[0][item], both[1][item])
+    assert os.path.exists(tmp_path / "killed" / "lock")
