@@ -20,6 +20,7 @@ setup(
         "absl-py",
         "array-record",
         "clu>=0.0.12",
+        "etils[epath]",
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "grain>=0.2.18",

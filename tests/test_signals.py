@@ -27,8 +27,16 @@ def until(process, word):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.4, 0.8, 1.5, 3.0])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+STAGES = [
+    (0.15, signal.SIGTERM),
+    (0.4, signal.SIGINT),
+    (0.8, signal.SIGHUP),
+    (1.5, signal.SIGTERM),
+    (3.0, signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize(("seconds", "number"), STAGES)
 def test_before_the_first_step_it_is_one_line(seconds, number, tmp_path):
     """During imports, data, first weights, compiling: whatever is at work after so many seconds."""
     process = start(tmp_path / "run")
@@ -108,8 +116,8 @@ def test_killed_at_ten_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
 
     short = [
         *RUN[:-1],
-        "--config.total_steps=400",
-        "--config.eval.every=100 steps",
+        "--config.total_steps=160",
+        "--config.eval.every=40 steps",
         "--config.checkpoint.every=7 steps",
     ]
     short += ["--config.log_every=20 steps", "--config.schedule.warmup=10 steps"]
@@ -137,7 +145,7 @@ def test_killed_at_ten_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
     both = []
     for name in ("straight", "killed"):
         with Reader(tmp_path / name / "checkpoints") as checkpoints:
-            both.append(checkpoints._read(400, {"model": None, "optimizer": None, "ema": None}))
+            both.append(checkpoints._read(160, {"model": None, "optimizer": None, "ema": None}))
         for line in (logged := lines(tmp_path / name)):
             line.pop("train/images_per_second", None)
         both[-1]["lines"] = logged
