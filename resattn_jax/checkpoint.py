@@ -138,6 +138,10 @@ class Reader:
         check_finite(got, f"the checkpoint {self.folder / str(step)}")
         return got if like is None else jax.tree.map(_onto_devices, got, dict(like))
 
+    def eval_variables(self, which: str, *, or_newest: bool = False) -> tuple[int, dict[str, Any]]:
+        """The step that `find` gives and what is measured of it, NumPy arrays; another stands in for a damaged one."""
+        return self.first_readable(self.find(which, or_newest=or_newest), self.read_eval_variables)
+
     def _metrics(self, step: int) -> Mapping[str, Any] | None:
         """The metrics a step was saved with; None where there are none, or they are not what was written."""
         if not (self.folder / str(step) / "metrics").exists():

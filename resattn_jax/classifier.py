@@ -116,8 +116,7 @@ def load(path: epath.PathLike, checkpoint: str = "best") -> Classifier:
     else:
         spec = run.spec or describe(config)  # a run older than data.json
         with Reader(run.checkpoints) as checkpoints:
-            steps = checkpoints.find(checkpoint, or_newest=True)
-            _, variables = checkpoints.first_readable(steps, checkpoints.read_eval_variables)
+            _, variables = checkpoints.eval_variables(checkpoint, or_newest=True)
     if spec is None:
         raise UsageError(f"{run} holds no data.json, which an exported net has")
     return Classifier(config, spec, variables)

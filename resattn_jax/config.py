@@ -100,7 +100,7 @@ def _faults_of_the_images(c: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.data.mean has {len(c.data.mean)} values and config.data.std {len(c.data.std)}; each must have one,"
             " or as many as there are channels"
         )
-    if why := _why_streamed(c):
+    if why := why_streamed(c):
         if c.data.pipeline == "resident":
             yield f"config.data.pipeline is 'resident', but a set cannot be resident: {why}"
         if c.data.mean_image:
@@ -119,7 +119,7 @@ def _faults_of_the_images(c: ml_collections.ConfigDict) -> Iterator[str]:
             )
 
 
-def _why_streamed(c: ml_collections.ConfigDict) -> str | None:
+def why_streamed(c: ml_collections.ConfigDict) -> str | None:
     """What of a config alone lets no set be resident."""
     sizes = {c.data.image_size, c.eval.image_size} - {None}
     reasons = {

@@ -41,7 +41,7 @@ def start_from(state: TrainState, source: str, config: ml_collections.ConfigDict
         folder, which = source, "newest"
     run = Run(folder)
     with Reader(run.checkpoints) as checkpoints:
-        _, variables = checkpoints.first_readable(checkpoints.find(which), checkpoints.read_eval_variables)
+        _, variables = checkpoints.eval_variables(which)
     given = flax.traverse_util.flatten_dict(variables)
     wanted = flax.traverse_util.flatten_dict(dict(state.variables))
     fits = {path: path in given and given[path].shape == value.shape for path, value in wanted.items()}

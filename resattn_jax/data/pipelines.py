@@ -15,10 +15,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from resattn_jax.config import why_streamed
 from resattn_jax.data import resident, streaming
 from resattn_jax.data.label_noise import NoisySource
 from resattn_jax.data.sources import Examples, Source, Split, open_source, read
-from resattn_jax.data.spec import DataSpec
+from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import UsageError
 from resattn_jax.runtime import Platform
@@ -133,10 +134,7 @@ def open_eval(
     """
     data = config.data
     source = open_source(data.name, data.eval_split, data.dir)
-    if source.class_names != spec.class_names:
-        ours, theirs = set(spec.class_names), set(source.class_names)
-        names = ", ".join(sorted(ours ^ theirs)[:5]) or "the order"
-        raise UsageError(f"{data.name} has other classes than the net was trained on: {names} differ")
+    check_same_classes(spec.class_names, source.class_names, "the net")
     _check_labels(data, data.eval_split, source)
     return _eval_stream(config, spec, source, mesh, platform, batch_size)
 
@@ -200,14 +198,9 @@ def _why_streamed(config: ml_collections.ConfigDict, sources: Sequence[Split]) -
     sizes = {size for size in (data.image_size, config.eval.image_size) if size}
     reasons = {
         "the images have different sizes": None in shapes or len(set(shapes)) > 1,
-        "config.augment.random_resized_crop is set": config.augment.random_resized_crop,
-        "config.augment.randaugment is set": config.augment.randaugment > 0,
-        "config.eval.views is 10": config.eval.views == 10,
         "the images have another size than config asks for": bool(sizes) and {*(shapes[0] or ())[:2]} != sizes,
     }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if data.pipeline == "streaming":
-        return reason or "config.data.pipeline is streaming"
+    reason = next((reason for reason, holds in reasons.items() if holds), why_streamed(config))
     if data.pipeline == "resident":
         if reason:
             raise UsageError(f"{data.name} cannot be resident: {reason}; set config.data.pipeline=streaming")

@@ -34,7 +34,7 @@ def export_folder(
     """
     run, folder = Run(workdir), Run(output)
     with Reader(run.checkpoints) as checkpoints:
-        step, variables = checkpoints.first_readable(checkpoints.find(which), checkpoints.read_eval_variables)
+        step, variables = checkpoints.eval_variables(which)
     write_folder(folder, config, run.spec or describe(config), variables)
     return f"the checkpoint of step {step} in {run} is now in {folder}"
 
@@ -48,7 +48,7 @@ def export_torch(config: ml_collections.ConfigDict, workdir: epath.PathLike, whi
     run = Run(workdir)
     check_plain(config)
     with Reader(run.checkpoints) as checkpoints:
-        step, variables = checkpoints.first_readable(checkpoints.find(which), checkpoints.read_eval_variables)
+        step, variables = checkpoints.eval_variables(which)
     try:
         write_torch(path, to_torch(variables, config.model.name))
     except ValueError as error:
