@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resattn_jax.errors import RunError, reason
+from resattn_jax.errors import RunError, UsageError, reason
+from resattn_jax.rules import shortened
 
 LOST_AFTER = 30  # seconds without a sign of life from a process until JAX ends the others
 _START_AGAIN = (
@@ -36,7 +37,7 @@ def initialize(
 
     Cloud TPU, GKE and Slurm are found without any argument; elsewhere every host is given the address (HOST:PORT) of
     the first, how many there are, and which one it is. When one of them dies, the others end too, with status 1.
-    Call before anything else uses JAX.
+    Call before anything else uses JAX. Raises UsageError when JAX finds no device.
     """
     waits: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER, "shutdown_timeout_seconds": LOST_AFTER}
     if coordinator_address:
@@ -44,6 +45,14 @@ def initialize(
     else:
         with contextlib.suppress(ValueError):  # "coordinator_address should be defined": there is no cluster
             jax.distributed.initialize(**waits)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second: a build for GPUs without one
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise UsageError(
+            f"JAX finds no device for JAX_PLATFORMS={shortened(wanted)} ({reason(error)}); set it to cpu or to nothing, or"
+            " install what it needs: pip install -e '.[cuda13]' or '.[tpu]'"
+        ) from error
     if jax.distributed.is_initialized():
         ctypes.CDLL(None).signal(signal.SIGABRT, _end_after_abort)
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR is not set

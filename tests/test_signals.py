@@ -1,7 +1,5 @@
 """A signal ends the program in one line at any stage; a run saves first; nothing that was started stays."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +7,9 @@ import time
 
 import psutil
 import pytest
-from helpers import ROOT, lines
+from helpers import ROOT
+
+from benchmarks import kills
 
 RUN = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
 RUN += ["--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
@@ -111,50 +111,8 @@ def test_a_killed_run_leaves_no_data_workers(tmp_path):
 
 
 def test_killed_at_ten_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
-    """kill -9, saves included: weights to the bit, each logged step once, the same result."""
-    from resattn_jax.checkpoint import Reader
-
-    short = [
-        *RUN[:-1],
-        "--config.total_steps=160",
-        "--config.eval.every=40 steps",
-        "--config.checkpoint.every=7 steps",
-    ]
-    short += ["--config.log_every=20 steps", "--config.schedule.warmup=10 steps"]
-
-    def run(workdir):
-        command = [sys.executable, "main.py", *short, f"--workdir={workdir}"]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    straight = run(tmp_path / "straight")
-    _, said = straight.communicate(timeout=300)
-    assert straight.returncode == 0, said
-    kills = 0
-    for moment in range(10):
-        process = run(tmp_path / "killed")
-        until(process, "first step after")
-        time.sleep(0.05 + 0.17 * moment)
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
-    last = run(tmp_path / "killed")
-    out, said = last.communicate(timeout=300)
-    assert last.returncode == 0, said
-    assert kills >= 3, out
-
-    both = []
-    for name in ("straight", "killed"):
-        with Reader(tmp_path / name / "checkpoints") as checkpoints:
-            both.append(checkpoints._read(160, {"model": None, "optimizer": None, "ema": None}))
-        for line in (logged := lines(tmp_path / name)):
-            line.pop("train/images_per_second", None)
-        both[-1]["lines"] = logged
-        result = json.loads((tmp_path / name / "result.json").read_text())
-        both[-1]["result"] = {key: value for key, value in result.items() if key != "train_images_per_second"}
-    assert both[0]["lines"] == both[1]["lines"]
-    assert both[0]["result"] == both[1]["result"]
-    from helpers import assert_same_bits
-
-    for item in ("model", "optimizer", "ema"):
-        assert_same_bits(both[0][item], both[1][item])
-    assert os.path.exists(tmp_path / "killed" / "lock")
+    """kill -9, saves included: weights to the bit, each logged step once, the same result. The benchmark does 100."""
+    killed = kills.kill(tmp_path, 0, iter([0.05 + 0.17 * moment for moment in range(10)]), 10)
+    assert killed.differs == []
+    assert killed.kills >= 3
+    assert (tmp_path / "killed" / "lock").exists()

@@ -122,10 +122,13 @@ def _records(name: str, builder: Any, split: str) -> Sequence[bytes]:
     import tensorflow_datasets as tfds
 
     try:
+        pieces = builder.info.splits[split].file_instructions
+        if any(piece.take <= 0 for piece in pieces):  # TFDS counts 'train[10:5]' as -5 examples
+            raise ValueError("a slice ends before it begins")
         return builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format="array_record"
         )
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         splits, base = builder.info.splits, split.partition("[")[0]
         if base not in splits:
             raise UsageError(
