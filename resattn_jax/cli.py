@@ -140,10 +140,7 @@ def parse(argv: Sequence[str]) -> Command:
         if FLAGS[flag].present and flag not in mode.flags:
             theirs = " and ".join(f"--mode={name}" for name, mode in MODES.items() if flag in mode.flags)
             raise UsageError(f"--{flag} is for {theirs}, not for --mode={FLAGS.mode}")
-    if (
-        mode.needs
-        and sum(FLAGS[flag].value if FLAGS[flag].boolean else bool(FLAGS[flag].present) for flag in mode.needs) != 1
-    ):
+    if mode.needs and sum(map(_given, mode.needs)) != 1:
         wanted = " or ".join(f"--{flag}" + "=PATH" * (not FLAGS[flag].boolean) for flag in mode.needs)
         raise UsageError(f"--mode={FLAGS.mode} needs {wanted}{', one of them' * (len(mode.needs) > 1)}")
     if not re.fullmatch(r"newest|best|\d{1,10}", FLAGS.checkpoint, re.ASCII):
@@ -268,6 +265,11 @@ def _recipe(path: str, given: dict[str, Any]) -> ml_collections.ConfigDict:
         config.update_from_flattened_dict(given)
     resolve_total(config, given)
     return config
+
+
+def _given(flag: str) -> bool:
+    """Whether a flag was given, and is no switch that is off."""
+    return bool(FLAGS[flag].present and FLAGS[flag].value is not False)
 
 
 def _path(flag: str) -> str | None:

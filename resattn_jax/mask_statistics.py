@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def _mean_mask_step(experiment: Experiment, stream: EvalStream) -> Callable[...,
     def step(variables: Any, arrays: Any, batch: Any, counts: jax.Array, masks: Any, which: jax.Array) -> Sums:
         images, labels = stream.take(arrays, batch)
         with given_mask(masks, which):
-            logits = model.apply(variables, normalize(images, recipe.mean, recipe.std), train=False)
+            logits = cast(jax.Array, model.apply(variables, normalize(images, recipe.mean, recipe.std), train=False))
         return jax.lax.psum({"metrics": metrics.sums(logits, labels, counts)}, "data")
 
     return _spread(experiment, step, arguments=2)

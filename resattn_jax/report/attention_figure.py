@@ -25,7 +25,7 @@ def attention_figure(one: Look, product: str) -> bytes:
     the first channel by each rule. product: how T and M are joined. Limits of the colour scales are printed.
     """
     rows = 1 + len(one.modules)
-    figure = Figure(figsize=(_COLUMNS * _SIDE + 0.6, rows * (_SIDE + 0.35) + 0.2), layout="none")
+    figure = Figure(figsize=(_COLUMNS * _SIDE + 0.6, rows * (_SIDE + 0.35) + 0.2))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         rows, _COLUMNS, left=0.045, right=0.995, top=1 - 0.3 / (rows * 1.6), bottom=0.02, hspace=0.35, wspace=0.08
