@@ -18,7 +18,7 @@ from resattn_jax.data.listing import list_pictures, split_rows
 from resattn_jax.data.pictures import BrokenPicture, Picture
 from resattn_jax.data.pipelines import for_evaluation, open_eval
 from resattn_jax.data.sources import open_source
-from resattn_jax.data.spec import check_same_classes
+from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.errors import UsageError, printable, reason
 from resattn_jax.experiment import build
 from resattn_jax.mask_statistics import Summary, summarise
@@ -61,7 +61,7 @@ def looks_at(net: Classifier, given: tuple[str, ...]) -> Iterator[Look]:
     seen, last = 0, ""
     for name, image, label in named:
         try:
-            yield look(net, _pixels(name, image, net.spec.eval_shape[-1]), name, label)
+            yield look(net, _pixels(name, image, net.spec), name, label)
             seen += 1
         except UsageError as error:
             last = str(error)
@@ -86,11 +86,11 @@ def _named(net: Classifier, text: str) -> Iterator[tuple[str, str | bytes, str |
         yield source.name(row), content, net.labels[label]
 
 
-def _pixels(name: str, image: str | bytes, channels: int) -> Image:
+def _pixels(name: str, image: str | bytes, spec: DataSpec) -> Image:
     if isinstance(image, str):
         return image
     try:
-        return Picture(image).pixels(channels=channels)
+        return Picture(image, upright=spec.exif_orientation).pixels(channels=spec.eval_shape[-1])
     except BrokenPicture as error:
         raise UsageError(f"{printable(name)} cannot be read: {reason(error)}") from error
 
