@@ -53,6 +53,8 @@ _DEVICES = ("workdir", "coordinator", "num_processes", "process_id")
 MODES = {
     "train": Mode("start a run, or go on with it", _DEVICES),
     "evaluate": Mode("measure a checkpoint", (*_DEVICES, "checkpoint"), of_a_run=True),
+    "prepare": Mode("download the data set"),
+    "show_data": Mode("draw a training batch as the net sees it", _DEVICES),
     "predict": Mode(
         "label pictures, --images, with a checkpoint",
         ("workdir", "checkpoint", "images", "top", "output"),
@@ -66,8 +68,6 @@ MODES = {
         needs=("images", "summary"),
         of_a_run=True,
     ),
-    "prepare": Mode("download the data set"),
-    "show_data": Mode("draw a training batch as the net sees it", _DEVICES),
     "import": Mode(
         "make a run of the PyTorch checkpoint --torch_checkpoint",
         (*_DEVICES, "torch_checkpoint"),

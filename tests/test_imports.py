@@ -36,6 +36,12 @@ def test_parsing_a_command_line_imports_neither_jax_nor_tensorflow_nor_tfds():
     assert loaded_by(program, "jax", "tensorflow", "tensorflow_datasets") == []
 
 
+def test_what_draws_is_imported_by_the_modes_that_draw_alone():
+    modes = ", ".join(f"resattn_jax.modes.{mode}" for mode in ("train", "evaluate", "predict"))
+    assert loaded_by(f"import {modes}", "matplotlib", "jinja2") == []
+    assert loaded_by("import resattn_jax.modes.attention", "matplotlib", "matplotlib.pyplot") == ["matplotlib"]
+
+
 def test_what_data_workers_import_imports_no_jax():
     assert len(HOST_MODULES) >= 13
     assert loaded_by(f"import {', '.join(HOST_MODULES)}", "jax") == []

@@ -33,6 +33,7 @@ def folder(tmp_path):
             PIL.Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(file, "PNG")
     (tmp_path / "pictures" / ".hidden.png").touch()
     (tmp_path / "pictures" / "notes.txt").touch()
+    os.mkfifo(tmp_path / "pictures" / "pipe.png")
     return tmp_path / "pictures"
 
 

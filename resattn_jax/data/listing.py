@@ -16,7 +16,7 @@ def list_pictures(given: Iterable[str]) -> list[str]:
     """The paths of the pictures that were named, one text after the other.
 
     A text that is the path of a file is that file, whatever its name ends in. One that is a folder stands for the
-    pictures in it and below it, by their names, sorted. Any other is a pattern (`glob`, "**" for folders at any depth),
+    pictures in it and below it, by their names, sorted; hidden files are passed over. Any other is a pattern (`glob`, "**" for folders at any depth),
     and stands for the files it fits, sorted. "~" is the home folder. Raises UsageError for a text that stands for none.
     """
     return [path for text in given for path in _expanded(text)]
@@ -38,7 +38,8 @@ def _expanded(text: str) -> list[str]:
         raise UsageError(f"{named} is no path")
     try:
         if os.path.isdir(path):
-            if found := pictures_below(path):
+            found = [file for file in pictures_below(path) if os.path.isfile(file) or not os.path.exists(file)]
+            if found:  # a link that leads nowhere is a broken picture; a pipe, which nobody may ever write to, is none
                 return found
             raise UsageError(f"{named} has no pictures; their names must end in one of {', '.join(SUFFIXES)}")
         if os.path.lexists(path):

@@ -25,10 +25,11 @@ def attention_figure(one: Look, product: str) -> bytes:
     the first channel by each rule. product: how T and M are joined. Limits of the colour scales are printed.
     """
     rows = 1 + len(one.modules)
-    figure = Figure(figsize=(_COLUMNS * _SIDE + 0.6, rows * (_SIDE + 0.35) + 0.2))
+    height = rows * (_SIDE + 0.35) + 0.2
+    figure = Figure(figsize=(_COLUMNS * _SIDE + 0.6, height))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        rows, _COLUMNS, left=0.045, right=0.995, top=1 - 0.3 / (rows * 1.6), bottom=0.02, hspace=0.35, wspace=0.08
+        rows, _COLUMNS, left=0.045, right=0.995, top=1 - 0.25 / height, bottom=0.25 / height, hspace=0.35, wspace=0.08
     )
 
     def place(row: int, column: int, title: str, shown: Shown | None = None, *, over: bool = False) -> Any:
@@ -45,7 +46,7 @@ def attention_figure(one: Look, product: str) -> bytes:
 
     cam = draw(one.cam, EVIDENCE, symmetric(one.cam))
     place(0, 0, "the picture")
-    place(0, 1, "class activation", cam)
+    place(0, 1, f"evidence for {_letters(one.top[0][0])[:20]}", cam)
     place(0, 2, "over the picture", cam, over=True)
     lines = [f"{share:6.1%}  {_letters(name)}" for name, share in one.top]
     figure.add_subplot(grid[0, 3:]).axis("off")
