@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import types
 
 import matplotlib
 import numpy as np
@@ -12,10 +13,12 @@ from helpers import plain_spec, random_variables
 
 from resattn_jax.classifier import Classifier
 from resattn_jax.errors import UsageError
+from resattn_jax.export import write_folder
 from resattn_jax.mask_statistics import ModuleStatistics, Summary
-from resattn_jax.modes.attention import looks_at, summarise_net, write_looks, write_summary
+from resattn_jax.modes.attention import looks_at, run, summarise_net, write_looks, write_summary
 from resattn_jax.report.attention import chosen_channels
 from resattn_jax.report.colours import MASK, draw, number, symmetric
+from resattn_jax.run import Run
 
 NASTY = ("<script>alert(1)</script>", "a & \"b\" 'c' $x_1$", "line\nbreak \u202eabc", "bad\udcff", "漢字 {{ 7 * 7 }}")
 
@@ -144,3 +147,19 @@ def test_the_summary_is_a_table_a_page_and_json(net, tmp_path):
     text = Page((tmp_path / "summary.html").read_text()).text
     for shown in ("1,234 examples", "1.500", "4×4×16", "43.8 %", "56.25 %", "-18.75", "0.6250", "+0.1250"):
         assert shown in text
+
+
+def test_the_mode_opens_an_exported_net_and_writes_into_its_folder(net, pictures, tmp_path, capsys):
+    write_folder(Run(tmp_path / "net"), net.config, net.spec, net.variables)
+    line = {
+        "config": net.config,
+        "run": Run(tmp_path / "net"),
+        "checkpoint": "newest",
+        "output": None,
+        "summary": False,
+    }
+    run(types.SimpleNamespace(**line, images=(f"{pictures}/<i>&.png",)))
+    assert {path.name for path in (tmp_path / "net/attention").iterdir()} == {"index.html", "picture_1.png"}
+    assert f"{tmp_path / 'net'} looks at is drawn in {tmp_path / 'net/attention/index.html'}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="there is no 'nowhere'"):
+        run(types.SimpleNamespace(**line, images=("nowhere",)))

@@ -16,8 +16,9 @@ def list_pictures(given: Iterable[str]) -> list[str]:
     """The paths of the pictures that were named, one text after the other.
 
     A text that is the path of a file is that file, whatever its name ends in. One that is a folder stands for the
-    pictures in it and below it, by their names, sorted; hidden files are passed over. Any other is a pattern (`glob`, "**" for folders at any depth),
-    and stands for the files it fits, sorted. "~" is the home folder. Raises UsageError for a text that stands for none.
+    pictures in it and below it, by their names, sorted; hidden files are passed over. Any other is a pattern (`glob`,
+    "**" for folders at any depth), and stands for the files it fits, sorted. "~" is the home folder. Raises UsageError
+    for a text that stands for none.
     """
     return [path for text in given for path in _expanded(text)]
 
