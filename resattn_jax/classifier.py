@@ -186,8 +186,9 @@ class Classifier:
         """Class activation maps, float32 [N, h, w] (Zhou et al., CVPR 2016, equation 2).
 
         They are exact here, as averages over the last map and one linear layer are all that follows: their mean over
-        h and w plus the class's bias is the logit of the centre view, up to rounding. classes: names or numbers, one for all images or
-        one for each; None: each image's most probable. Raises UsageError when there is no such class.
+        h and w plus the class's bias is the logit of the centre view, up to rounding.
+        classes: names or numbers, one for all images or one for each; None: each image's most probable. Raises
+        UsageError when there is no such class.
         """
         found = self.maps(images, ["last_map", "head"])
         count = len(found["head"])
