@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
-    package_data={"resattn_jax": ["py.typed"]},
+    package_data={"resattn_jax": ["py.typed", "report/templates/*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -25,6 +25,8 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "grain>=0.2.18",
         "jax>=0.10",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
         "ml-collections>=1.1",
         "numpy>=2",
         "opencv-python-headless",

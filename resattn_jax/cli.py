@@ -37,13 +37,14 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 class Mode:
     """One mode, whose code is `run(command)` in the module of its name under modes/.
 
-    flags: those that are its own. needs: those of which one has to be given, and no more. of_a_run: model, data and
-    recipe are those of the run in the workdir.
+    flags: those that are its own. needs: those of which one has to be given, and no more. files: those that name a
+    file; other paths are folders. of_a_run: model, data and recipe are those of the run in the workdir.
     """
 
     what: str
     flags: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    files: tuple[str, ...] = ("torch_checkpoint",)
     of_a_run: bool = False
 
 
@@ -54,6 +55,19 @@ MODES = {
     "evaluate": Mode("measure a checkpoint", (*_DEVICES, "checkpoint"), of_a_run=True),
     "prepare": Mode("download the data set"),
     "show_data": Mode("draw a training batch as the net sees it", _DEVICES),
+    "predict": Mode(
+        "label pictures, --images, with a checkpoint",
+        ("workdir", "checkpoint", "images", "top", "output"),
+        needs=("images",),
+        files=("output",),
+        of_a_run=True,
+    ),
+    "attention": Mode(
+        "draw what the attention modules do to pictures, --images, or measure it over the evaluation split, --summary",
+        ("workdir", "checkpoint", "images", "summary", "output"),
+        needs=("images", "summary"),
+        of_a_run=True,
+    ),
     "import": Mode(
         "make a run of the PyTorch checkpoint --torch_checkpoint",
         (*_DEVICES, "torch_checkpoint"),
@@ -73,9 +87,22 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {mode.what}" for name, mode in MODES.items()) + ".")
 flags.DEFINE_string("workdir", None, "Where the run lies. Default: runs/NAME for configs/NAME.py.")
-flags.DEFINE_string("checkpoint", "newest", "Which one to evaluate or export: newest, best (by top-1), or a step.")
+flags.DEFINE_string("checkpoint", "newest", "Which one to measure, use or export: newest, best (by top-1), or a step.")
 flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
-flags.DEFINE_string("output", None, "The folder an export is written to; `resattn_jax.load` opens it.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "What is written: of export the folder, which `resattn_jax.load` opens; of attention the folder of the page, by"
+    " default WORKDIR/attention; of predict the file, .csv, .jsonl or .parquet.",
+)
+flags.DEFINE_multi_string(
+    "images",
+    [],
+    "Pictures: a file, a folder, a pattern such as 'DIR/**/*.jpg', or for attention eval:0,5,17, rows of the evaluation"
+    " split. May be given several times.",
+)
+flags.DEFINE_integer("top", 5, "How many classes are told of each picture.", 1, _MOST)
+flags.DEFINE_boolean("summary", False, "Of attention: measure the modules over the evaluation split.")
 flags.DEFINE_string("coordinator", None, "Many hosts, if they are not found by themselves: HOST:PORT of the first.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", 1, _MOST)
 flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0, _MOST)
@@ -88,8 +115,8 @@ class Command:
     """What a command line asks for.
 
     config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
-    command line changes. checkpoint: "newest", "best" or a step. cluster: the arguments of `runtime.initialize`.
-    began: `time.perf_counter()` when the program started.
+    command line changes. checkpoint: "newest", "best" or a step. images: as they were given. top: how many classes of
+    each. cluster: the arguments of `runtime.initialize`. began: `time.perf_counter()` when the program started.
     """
 
     mode: str
@@ -98,6 +125,9 @@ class Command:
     checkpoint: str
     torch_checkpoint: str | None
     output: str | None
+    images: tuple[str, ...]
+    top: int
+    summary: bool
     cluster: tuple[str | None, int | None, int | None]
     began: float
 
@@ -110,8 +140,8 @@ def parse(argv: Sequence[str]) -> Command:
         if FLAGS[flag].present and flag not in mode.flags:
             theirs = " and ".join(f"--mode={name}" for name, mode in MODES.items() if flag in mode.flags)
             raise UsageError(f"--{flag} is for {theirs}, not for --mode={FLAGS.mode}")
-    if mode.needs and sum(FLAGS[flag].present for flag in mode.needs) != 1:
-        wanted = " or ".join(f"--{flag}=PATH" for flag in mode.needs)
+    if mode.needs and sum(map(_given, mode.needs)) != 1:
+        wanted = " or ".join(f"--{flag}" + "=PATH" * (not FLAGS[flag].boolean) for flag in mode.needs)
         raise UsageError(f"--mode={FLAGS.mode} needs {wanted}{', one of them' * (len(mode.needs) > 1)}")
     if not re.fullmatch(r"newest|best|\d{1,10}", FLAGS.checkpoint, re.ASCII):
         raise UsageError(f"--checkpoint={shortened(FLAGS.checkpoint)}: it must be newest, best or the number of a step")
@@ -124,6 +154,9 @@ def parse(argv: Sequence[str]) -> Command:
         checkpoint=FLAGS.checkpoint,
         torch_checkpoint=_path("torch_checkpoint"),
         output=_path("output"),
+        images=tuple(FLAGS.images),
+        top=FLAGS.top,
+        summary=FLAGS.summary,
         cluster=_cluster(),
         began=BEGAN,
     )
@@ -234,6 +267,11 @@ def _recipe(path: str, given: dict[str, Any]) -> ml_collections.ConfigDict:
     return config
 
 
+def _given(flag: str) -> bool:
+    """Whether a flag was given, and is no switch that is off."""
+    return bool(FLAGS[flag].present and FLAGS[flag].value is not False)
+
+
 def _path(flag: str) -> str | None:
     """The path that a flag names, `~` being the home folder; None where it is not given.
 
@@ -252,7 +290,7 @@ def _path(flag: str) -> str | None:
         return path
     except (OSError, ValueError) as error:
         raise UsageError(f"{named}: {getattr(error, 'strerror', error)}") from error
-    if is_folder != (flag != "torch_checkpoint"):
+    if is_folder != (flag not in MODES[FLAGS.mode].files):
         raise UsageError(f"{named} is {'a folder; name a file' if is_folder else 'a file; name a folder'}")
     return path
 

@@ -27,6 +27,13 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """A text in one line that can be printed: what is no letter, such as a line break or a byte of a file's name that
+    is no UTF-8, is escaped as Python escapes it.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def nearest(word: object, words: Iterable[object]) -> str:
     """' (did you mean …?)' when one of `words` is near `word`, else nothing."""
     near = get_close_matches(str(word), [str(w) for w in words], n=1)

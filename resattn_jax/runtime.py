@@ -55,6 +55,11 @@ def initialize(
         ) from error
     if jax.distributed.is_initialized():
         ctypes.CDLL(None).signal(signal.SIGABRT, _end_after_abort)
+    keep_programs()
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR or in the home folder."""
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR is not set
         with contextlib.suppress(RuntimeError):  # there is no home folder, and so no cache
             caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

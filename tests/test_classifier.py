@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from helpers import encoded, plain_spec
+from helpers import encoded, plain_spec, random_variables
 
 import resattn_jax
 from resattn_jax.classifier import Classifier
@@ -23,6 +23,15 @@ def trained(tiny_config, one_device, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def net(tiny_config):
+    """Of random weights, with five views and their mirror images for what it says, and one for what it looks at."""
+    tiny_config.eval.views, tiny_config.eval.crop_fraction = 10, 8 / 14
+    spec = plain_spec((8, 8, 3), classes=4, resident=False)
+    model = Classifier(tiny_config, spec, {}).model
+    return Classifier(tiny_config, spec, random_variables(model, (8, 8, 3)))
+
+
 def test_it_reaches_what_its_run_measured(trained, tiny_config, one_device):
     digits = read(open_source("digits", "test"))
     for checkpoint in ("best", "newest", "6"):
@@ -34,6 +43,10 @@ def test_it_reaches_what_its_run_measured(trained, tiny_config, one_device):
         assert np.mean(probabilities.argmax(-1) == digits.labels) == pytest.approx(measured["top1"])
         loss = -np.log(probabilities[np.arange(360), digits.labels]).mean()
         assert loss == pytest.approx(measured["loss"], rel=1e-5)
+        assert net.evaluate() == {name: value for name, value in measured.items() if name != "step"}
+    assert net.evaluate("train[:100]")["examples"] == 100
+    with pytest.raises(UsageError, match="'val'"):
+        net.evaluate("val")
     assert net.labels == tuple("0123456789")
     assert net.spec.image_shape == (8, 8, 1)
 
@@ -76,15 +89,15 @@ def test_an_image_comes_in_any_form(trained, tmp_path):
         ("nowhere.png", r"nowhere.png cannot be read: .*No such file"),
     ],
 )
-def test_what_is_no_image_is_told(trained, image, message):
+def test_what_is_no_image_is_told(net, image, message):
     with pytest.raises(UsageError, match=message):
-        resattn_jax.load(trained).predict(image)
+        net.predict(image)
 
 
-def test_a_broken_picture_is_told_by_its_name(trained, tmp_path):
+def test_a_broken_picture_is_told_by_its_name(net, tmp_path):
     (tmp_path / "broken.png").write_bytes(encoded(PIL.Image.new("L", (8, 8)))[:30])
     with pytest.raises(UsageError, match=r"broken.png cannot be read: "):
-        resattn_jax.load(trained).predict(tmp_path / "broken.png")
+        net.predict(tmp_path / "broken.png")
 
 
 def test_an_exported_net_needs_neither_its_run_nor_its_data(trained, tiny_config, tmp_path, monkeypatch):
@@ -131,3 +144,78 @@ def test_a_large_picture_is_resized_and_cropped_as_in_the_evaluation(tiny_config
     np.testing.assert_array_equal(seen, np.asarray(by_hand))
     logits = net.model.apply(net.variables, np.float32(by_hand)[None] / 255, train=False)
     np.testing.assert_allclose(net.logits(large), logits, rtol=1e-4, atol=1e-5)
+
+
+# ---- What lies inside of the net.
+
+
+@pytest.fixture
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
+
+
+def test_features_are_what_the_last_layer_reads(net, pictures):
+    head = jax.tree.map(np.asarray, net.variables["params"]["head"])
+    features = net.features(pictures)
+    assert (features.shape, features.dtype) == ((3, 16), np.float32)
+    logits = net.model.apply(net.variables, np.float32(pictures[:, 3:11, 3:11]) / 255, train=False)  # the centre
+    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(net.features(pictures, "head"), logits, rtol=1e-4, atol=1e-5)
+    assert np.abs(net.logits(pictures) - jax.nn.log_softmax(logits)).max() > 0.01  # of ten views
+    assert net.features(pictures, "stage1_unit1").shape == (3, 4, 4, 16)
+    assert net.features([]).shape == (0, 16)
+    np.testing.assert_array_equal(net.features(pictures[0]), net.features([PIL.Image.fromarray(pictures[0])]))
+
+
+def test_an_unknown_map_is_told_with_those_near_it(net, pictures):
+    with pytest.raises(UsageError, match=r"no map 'stage1_atention1/mask' \(did you mean 'stage1_attention1/mask'\?\)"):
+        net.features(pictures, "stage1_atention1/mask")
+    with pytest.raises(UsageError, match=r"there are .*embedding.*, and those within an attention module"):
+        net.maps(pictures, ["embedding", "layer4"])
+
+
+def test_attention_is_trunk_mask_and_their_product(net, pictures):
+    [(name, found)] = net.attention(pictures).items()
+    assert (name,) == net.modules == ("stage1_attention1",)
+    assert {part.shape for part in (found.trunk, found.mask, found.product)} == {(3, 4, 4, 16)}
+    assert 0 < found.mask.min() < found.mask.max() < 1
+    np.testing.assert_allclose(found.product, (1 + found.mask) * found.trunk, rtol=1e-5)
+    np.testing.assert_array_equal(found.mask, net.features(pictures, "stage1_attention1/mask"))
+
+
+def test_a_class_activation_map_adds_up_to_the_logit(net, pictures):
+    logits, bias = net.features(pictures, "head"), np.asarray(net.variables["params"]["head"]["bias"])
+    for given, labels in ((2, [2, 2, 2]), ("3", [3, 3, 3]), ([0, "1", 2], [0, 1, 2]), (None, logits.argmax(-1))):
+        maps = net.cam(pictures, given)
+        assert (maps.shape, maps.dtype) == ((3, 4, 4), np.float32)
+        np.testing.assert_allclose(maps.mean((1, 2)) + bias[labels], logits[[0, 1, 2], labels], rtol=1e-4, atol=1e-5)
+    for given, message in (("7", "no class '7'"), (4, "no class number 4; they are 0 to 3"), ([0], "1 classes for 3")):
+        with pytest.raises(UsageError, match=message):
+            net.cam(pictures, given)
+
+
+def test_each_of_many_is_told_in_order_and_broken_ones_do_not_end_it(net, pictures, monkeypatch):
+    from resattn_jax import classifier
+
+    monkeypatch.setattr(classifier, "BATCH", 4)  # so that there are several batches, one of broken pictures alone
+    many = [pictures[0], "nowhere.png", *pictures, *["nowhere.png"] * 7, pictures[2]]
+    drawn = []
+    found = net.predict_each(drawn.append(i) or image for i, image in enumerate(many))
+    one = next(found)
+    assert len(drawn) == 8  # two batches ahead and no more
+    found = [one, *found]
+    assert len(found) == len(many)
+    for image, row in zip(many, found, strict=True):
+        if isinstance(image, str):
+            assert isinstance(row, UsageError)
+            assert "nowhere.png cannot be read" in str(row)
+        else:
+            np.testing.assert_allclose(row, net.predict(image)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_batches_are_filled_up_so_that_there_are_few_programs(net, pictures):
+    for count in (5, 6, 7, 8):
+        net.predict(np.resize(pictures, (count, 14, 14, 3)))
+        net.features(np.resize(pictures, (count, 14, 14, 3)))
+    assert net._predict._cache_size() == 1
+    assert net._maps(("embedding",))._cache_size() == 1

@@ -176,9 +176,9 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         (["--workdir=a\0b"], "embedded null byte"),
         ([f"--workdir={ROOT / 'main.py'}"], "main.py is a file; name a folder"),
         ([f"--workdir={ROOT / 'main.py/x'}"], ": Not a directory"),
-        (["--checkpoint=best"], "--checkpoint is for --mode=evaluate and --mode=export, not for --mode=train"),
+        (["--checkpoint=best"], "--checkpoint is for --mode=evaluate and --mode=predict and"),
         (["--mode=prepare", "--workdir=x"], "--workdir is for --mode=train and --mode=evaluate and"),
-        (["--mode=evaluate", "--output=x"], "--output is for --mode=export, not for --mode=evaluate"),
+        (["--mode=evaluate", "--output=x"], "--mode=attention and --mode=export, not for --mode=evaluate"),
         (["--mode=evaluate", "--checkpoint=²"], "--checkpoint=²: it must be newest, best or the number of a step"),
         (["--mode=evaluate", "--checkpoint=-3"], "--checkpoint=-3: it must be"),
         (["--mode=export"], "--mode=export needs --output=PATH or --torch_checkpoint=PATH, one of them"),
@@ -186,6 +186,14 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         (["--mode=export", f"--torch_checkpoint={ROOT}"], "is a folder; name a file"),
         (["--mode=export", "--output="], "--output= is no path"),
         (["--mode=import"], "--mode=import needs --torch_checkpoint=PATH"),
+        (["--mode=predict"], "--mode=predict needs --images=PATH"),
+        (["--mode=attention"], "--mode=attention needs --images=PATH or --summary, one of them"),
+        (["--mode=attention", "--nosummary"], "--mode=attention needs --images=PATH or --summary, one of them"),
+        (["--mode=attention", "--images=a", "--summary"], "needs --images=PATH or --summary, one of them"),
+        (["--mode=predict", "--images=a", f"--output={ROOT}"], "is a folder; name a file"),
+        (["--mode=attention", "--images=a", f"--output={ROOT}/main.py"], "is a file; name a folder"),
+        (["--mode=predict", "--images=a", "--top=0"], "--top"),
+        (["--images=a"], "--images is for --mode=predict and --mode=attention, not for --mode=train"),
         (["--num_processes=2"], "--coordinator, --num_processes and --process_id need each other"),
         (["--coordinator=a:1"], "--coordinator, --num_processes and --process_id need each other"),
         (["--coordinator=a", "--num_processes=2", "--process_id=1"], "--coordinator=a: it is written HOST:PORT"),
@@ -286,7 +294,8 @@ TEXTS = [
     "a=b", "\udcff", "localhost:1234", "configs/digits.py", "configs/paper_cifar.py:learning=", "null", "()" * 300,
 ]  # fmt: skip
 OTHER = ["config", "workdir", "checkpoint", "torch_checkpoint", "output", "coordinator", "num_processes", "process_id"]
-MODES = ["train", "evaluate", "prepare", "show_data", "import", "export", "Train", ""]
+OTHER += ["images", "top", "summary"]
+MODES = ["train", "evaluate", "predict", "attention", "prepare", "show_data", "import", "export", "Train", ""]
 
 
 def random_line(rng):

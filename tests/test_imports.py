@@ -36,6 +36,12 @@ def test_parsing_a_command_line_imports_neither_jax_nor_tensorflow_nor_tfds():
     assert loaded_by(program, "jax", "tensorflow", "tensorflow_datasets") == []
 
 
+def test_what_draws_is_imported_by_the_modes_that_draw_alone():
+    modes = ", ".join(f"resattn_jax.modes.{mode}" for mode in ("train", "evaluate", "predict"))
+    assert loaded_by(f"import {modes}", "matplotlib", "jinja2") == []
+    assert loaded_by("import resattn_jax.modes.attention", "matplotlib", "matplotlib.pyplot") == ["matplotlib"]
+
+
 def test_what_data_workers_import_imports_no_jax():
     assert len(HOST_MODULES) >= 13
     assert loaded_by(f"import {', '.join(HOST_MODULES)}", "jax") == []
@@ -47,11 +53,11 @@ def test_what_data_workers_import_imports_no_jax():
 LAYERS = [
     ["main"],
     ["modes", "modes.*"],
-    ["classifier", "export", "fine_tune", "report", "report.*", "experiment"],
-    ["train_step", "checkpoint", "optimizer"],
+    ["classifier", "export", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
+    ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "errors"],
+    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "watchdog", "errors"],
 ]
 
 

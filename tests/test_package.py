@@ -35,3 +35,11 @@ def test_every_folder_with_modules_is_a_package():
 def test_the_citation_is_of_this_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == resattn_jax.__version__
+
+
+def test_the_package_has_its_templates(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    here = {path.name for path in (ROOT / "resattn_jax/report/templates").iterdir()}
+    assert {path.name for path in (tmp_path / "resattn_jax/report/templates").iterdir()} == here != set()

@@ -148,6 +148,8 @@ class AttentionModule(nn.Module):
         layers = self.unit, self.conv, self.norm, self.pool, self.upsample
         mask = SoftMaskBranch(self.spec, self.depth, *layers, name="mask")(x, trunk)
         x = (1 + mask) * trunk if self.spec.learning == "arl" else mask * trunk
+        self.sow("intermediates", "trunk", trunk)  # as every sow: nothing, unless that collection is asked for
+        self.sow("intermediates", "product", x)
         for i in range(1, self.spec.last + 1):
             x = self.unit(name=f"last{i}")(x)
         return x
@@ -208,7 +210,9 @@ class ResidualAttentionNetwork(nn.Module):
                 x = unit(features, stride=stride if i == 1 else 1, name=f"tail_unit{i}")(x)
         if spec.unit == "preact":
             x = norm(name="head_norm", relu=True)(x)
+        self.sow("intermediates", "last_map", x)
         x = jnp.mean(widen(x), axis=(1, 2))
+        self.sow("intermediates", "embedding", x)
         return Linear(self.num_classes, initializer=spec.init, name="head")(x)
 
 

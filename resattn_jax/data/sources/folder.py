@@ -145,6 +145,16 @@ def _pictures_in(folder: pathlib.Path, class_names: Iterable[str]) -> tuple[list
     return files, labels
 
 
+def pictures_below(folder: str) -> list[str]:
+    """The paths of all pictures at any depth below a folder, sorted. Raises OSError.
+
+    Hidden files and folders are passed over, as are files that are no pictures by their names; links are followed.
+    """
+    whole, inside = os.path.split(os.path.realpath(folder))
+    found = [os.path.relpath(path, inside) for path in _walk(whole, inside) if _is_picture(path)]
+    return [os.path.join(folder, path) for path in sorted(found)]
+
+
 def _is_picture(path: str) -> bool:
     """Whether a file is a picture by its name."""
     return os.path.basename(path)[0] != "." and path.lower().endswith(SUFFIXES)
