@@ -21,7 +21,7 @@ from resattn_jax.data.pipelines import describe, eval_transform, for_evaluation
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import Experiment, build
-from resattn_jax.export import WEIGHTS, read_weights
+from resattn_jax.export.folder import WEIGHTS, read_weights
 from resattn_jax.run import Run
 from resattn_jax.train_step import predict
 

@@ -21,6 +21,7 @@ from absl import app, flags
 
 from resattn_jax.config import OF_THE_NET, changed, check, check_keys, check_values, compare, no_such_key, resolve_total
 from resattn_jax.errors import UsageError, nearest, reason
+from resattn_jax.export import FILES
 from resattn_jax.rules import RULES, shortened, shown
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS
@@ -60,8 +61,8 @@ MODES = {
         needs=("torch_checkpoint",),
     ),
     "export": Mode(
-        "write a checkpoint to --output, or for PyTorch to --torch_checkpoint",
-        (*_DEVICES, "checkpoint", "output", "torch_checkpoint"),
+        "write a checkpoint to --output, or for PyTorch alone to --torch_checkpoint",
+        (*_DEVICES, "checkpoint", "output", "format", "torch_checkpoint"),
         needs=("output", "torch_checkpoint"),
         of_a_run=True,
     ),
@@ -76,6 +77,9 @@ flags.DEFINE_string("workdir", None, "Where the run lies. Default: runs/NAME for
 flags.DEFINE_string("checkpoint", "newest", "Which one to evaluate or export: newest, best (by top-1), or a step.")
 flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
 flags.DEFINE_string("output", None, "The folder an export is written to; `resattn_jax.load` opens it.")
+flags.DEFINE_multi_string(
+    "format", [], f"What else an export writes to --output, one or more of: {', '.join(FILES)}; the first always is."
+)
 flags.DEFINE_string("coordinator", None, "Many hosts, if they are not found by themselves: HOST:PORT of the first.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", 1, _MOST)
 flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0, _MOST)
@@ -88,8 +92,8 @@ class Command:
     """What a command line asks for.
 
     config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
-    command line changes. checkpoint: "newest", "best" or a step. cluster: the arguments of `runtime.initialize`.
-    began: `time.perf_counter()` when the program started.
+    command line changes. checkpoint: "newest", "best" or a step. formats: what is written to `output`. cluster: the
+    arguments of `runtime.initialize`. began: `time.perf_counter()` when the program started.
     """
 
     mode: str
@@ -98,6 +102,7 @@ class Command:
     checkpoint: str
     torch_checkpoint: str | None
     output: str | None
+    formats: tuple[str, ...]
     cluster: tuple[str | None, int | None, int | None]
     began: float
 
@@ -124,6 +129,7 @@ def parse(argv: Sequence[str]) -> Command:
         checkpoint=FLAGS.checkpoint,
         torch_checkpoint=_path("torch_checkpoint"),
         output=_path("output"),
+        formats=_formats(),
         cluster=_cluster(),
         began=BEGAN,
     )
@@ -255,6 +261,18 @@ def _path(flag: str) -> str | None:
     if is_folder != (flag != "torch_checkpoint"):
         raise UsageError(f"{named} is {'a folder; name a file' if is_folder else 'a file; name a folder'}")
     return path
+
+
+def _formats() -> tuple[str, ...]:
+    """The formats of --format, given once with commas or more often. Raises UsageError for what is none."""
+    named = [name.strip() for given in FLAGS.format for name in given.split(",")]
+    for name in named:
+        if name not in FILES:
+            near = nearest(name, FILES)
+            raise UsageError(f"--format={shortened(name)}{near}: it must be one or more of {', '.join(FILES)}")
+    if named and FLAGS.output is None:
+        raise UsageError(f"--format={shortened(','.join(named))} needs --output=DIR, the folder it is written to")
+    return tuple(dict.fromkeys(named))
 
 
 def _cluster() -> tuple[str | None, int | None, int | None]:

@@ -47,9 +47,9 @@ def test_what_data_workers_import_imports_no_jax():
 LAYERS = [
     ["main"],
     ["modes", "modes.*"],
-    ["classifier", "export", "fine_tune", "report", "report.*", "experiment"],
+    ["classifier", "export.*", "fine_tune", "report", "report.*", "experiment"],
     ["train_step", "checkpoint", "optimizer"],
-    ["augment", "state", "metrics", "run", "cli", "checksums"],
+    ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
     ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "errors"],
 ]
