@@ -185,6 +185,10 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         (["--mode=export", "--output=a", "--torch_checkpoint=b"], "--mode=export needs --output=PATH or"),
         (["--mode=export", f"--torch_checkpoint={ROOT}"], "is a folder; name a file"),
         (["--mode=export", "--output="], "--output= is no path"),
+        (["--mode=export", "--output=a", "--format=onix"], "--format=onix (did you mean 'onnx'?): it must be one or"),
+        (["--mode=export", "--output=a", "--format="], "--format=: it must be one or more of safetensors, torch, sta"),
+        (["--mode=export", "--torch_checkpoint=b.pth", "--format=onnx"], "--format=onnx needs --output=DIR, the"),
+        (["--mode=evaluate", "--format=onnx"], "--format is for --mode=export, not for --mode=evaluate"),
         (["--mode=import"], "--mode=import needs --torch_checkpoint=PATH"),
         (["--num_processes=2"], "--coordinator, --num_processes and --process_id need each other"),
         (["--coordinator=a:1"], "--coordinator, --num_processes and --process_id need each other"),
@@ -206,6 +210,16 @@ def test_paths_begin_at_the_home_folder(parse):
     assert parse(*export, "--output=~/b")["output"] == f"{home}/b"
     assert parse(*export, "--torch_checkpoint=~/c.pth")["torch_checkpoint"] == f"{home}/c.pth"
     assert str(Run("~/run")) == os.path.expanduser("~/run")  # which is how init_from is opened
+
+
+def test_formats_are_given_with_commas_or_one_by_one(parse):
+    export = ["--mode=export", "--config=configs/digits.py", "--output=a"]
+    assert parse(*export)["formats"] == []
+    assert parse(*export, "--format=onnx,torch", "--format=stablehlo, onnx")["formats"] == [
+        "onnx",
+        "torch",
+        "stablehlo",
+    ]
 
 
 def test_the_workdir_is_that_of_the_recipe(parse):
@@ -285,7 +299,17 @@ TEXTS = [
     "1e999 steps", "10**30", "digits", "folder:", "train", "train[:90%]", "newest", "--config.seed=3", "-", "--", "=",
     "a=b", "\udcff", "localhost:1234", "configs/digits.py", "configs/paper_cifar.py:learning=", "null", "()" * 300,
 ]  # fmt: skip
-OTHER = ["config", "workdir", "checkpoint", "torch_checkpoint", "output", "coordinator", "num_processes", "process_id"]
+OTHER = [
+    "config",
+    "workdir",
+    "checkpoint",
+    "torch_checkpoint",
+    "output",
+    "format",
+    "coordinator",
+    "num_processes",
+    "process_id",
+]
 MODES = ["train", "evaluate", "prepare", "show_data", "import", "export", "Train", ""]
 
 

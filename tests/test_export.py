@@ -18,6 +18,8 @@ import resattn_jax
 from configs import digits
 from resattn_jax.classifier import Classifier
 from resattn_jax.convert import from_torch, read_torch
+from resattn_jax.data.pictures import Picture
+from resattn_jax.data.pipelines import eval_transform
 from resattn_jax.errors import UsageError
 from resattn_jax.export import FILES
 from resattn_jax.export.folder import write_folder
@@ -104,13 +106,13 @@ def test_onnx_runs_by_onnxruntime_alone(folder, expected):
 def test_stablehlo_is_for_three_platforms_and_any_batch(folder, net):
     program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    ours = Classifier(net.config, net.spec, net.variables)
+    model = create_model("ra_tiny", num_classes=10)
     for count in 1, 3:
         some = picture((count, 8, 8, 3))
         standardised = (np.float32(some) / 255 - 0.3) / 0.4
         logits = program.call(some)
         assert (logits.dtype, logits.shape) == (np.float32, (count, 10))
-        by_hand = ours.model.apply(net.variables, standardised, train=False)
+        by_hand = jax.jit(lambda x: model.apply(net.variables, x, train=False))(standardised)
         np.testing.assert_allclose(logits, by_hand, rtol=0, atol=1e-5 * np.abs(by_hand).max())
 
 
@@ -121,7 +123,8 @@ def test_what_is_loaded_again_gives_the_same_bits(folder, net, expected, monkeyp
     names = {}
     exec(lines_for((folder / "README.md").read_text(), "model.safetensors"), names)
     np.testing.assert_array_equal(names["net"].logits("picture.png"), expected)
-    np.testing.assert_array_equal(again.logits(names["images"]), expected)  # the card's lines make the same image
+    [shown] = eval_transform(net.config, net.measured_on)(Picture((folder / "picture.png").read_bytes()))
+    np.testing.assert_array_equal(names["images"], shown[None])
 
 
 def test_how_images_are_made_is_said_plainly(folder):
@@ -224,7 +227,7 @@ def test_a_state_dict_for_pytorch_lies_beside(tmp_path, monkeypatch):
     PIL.Image.fromarray(picture((40, 40, 3))).save("picture.png")
     names = {}
     exec(lines_for(card, "model.pth"), names)
-    logits = net.function()(names["images"])
+    logits = jax.jit(net.function())(names["images"])
     np.testing.assert_allclose(names["logits"].numpy(), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 

@@ -185,14 +185,14 @@ def _load_torch(net: TrainedNet) -> str:
     return f"""A state dict by the names of {source}:
 
 ```python
-import json
-import torch
+import json, pathlib, torch
 from {module} import {name}
 
 net = {name}({classes}).eval(){resize}
 net.load_state_dict(torch.load("model.pth", weights_only=True))
-mean, std = (torch.tensor(json.load(open("preprocessing.json"))[key]) for key in ("image_mean", "image_std"))
-logits = net(((torch.tensor(images) / 255 - mean) / std).permute(0, 3, 1, 2))
+told = json.loads(pathlib.Path("preprocessing.json").read_text())
+standardised = (torch.tensor(images) / 255 - torch.tensor(told["image_mean"])) / torch.tensor(told["image_std"])
+logits = net(standardised.permute(0, 3, 1, 2))
 ```"""
 
 
