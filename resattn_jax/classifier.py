@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from etils import epath
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
 from resattn_jax.data.pictures import BrokenPicture, Picture
-from resattn_jax.data.pipelines import describe, eval_transform, for_evaluation
+from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import Experiment, build
@@ -114,12 +114,22 @@ def load(path: epath.PathLike, checkpoint: str = "best") -> Classifier:
     if (run.path / WEIGHTS).exists():
         spec, variables = run.spec, read_weights(run)
     else:
-        spec = run.spec or describe(config)  # a run older than data.json
         with Reader(run.checkpoints) as checkpoints:
             _, variables = checkpoints.eval_variables(checkpoint, or_newest=True)
+        spec = spec_of_run(run, config, variables)
     if spec is None:
         raise UsageError(f"{run} holds no data.json, which an exported net has")
     return Classifier(config, spec, variables)
+
+
+def spec_of_run(run: Run, config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> DataSpec:
+    """What the net of a run knows of its data; where the run has not kept it, what the data or the config say.
+
+    That is so in runs older than data.json, and where others' weights were imported without their data. Raises
+    UsageError when none of them says it.
+    """
+    kernel, bias = variables["params"]["stem_conv"]["kernel"], variables["params"]["head"]["bias"]
+    return run.spec or describe_for(config, channels=kernel.shape[2], classes=len(bias))
 
 
 def _listed(images: Images) -> Iterable[Image]:

@@ -9,10 +9,10 @@ from etils import epath
 
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
+from resattn_jax.classifier import spec_of_run
 from resattn_jax.cli import Command
 from resattn_jax.config import differences
 from resattn_jax.convert import to_torch, write_torch
-from resattn_jax.data.pipelines import describe
 from resattn_jax.errors import UsageError
 from resattn_jax.export.folder import write_folder
 from resattn_jax.export.portable import TrainedNet
@@ -49,7 +49,7 @@ def export_folder(
         step, variables = checkpoints.eval_variables(which)
     net = TrainedNet(
         config=config,
-        spec=run.spec or describe(config),
+        spec=spec_of_run(run, config, variables),
         variables=variables,
         step=step,
         metrics={} if _measured_otherwise(run, config) else run.measured(step),
