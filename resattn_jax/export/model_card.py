@@ -65,8 +65,8 @@ def _front_matter(net: TrainedNet, formats: Collection[str]) -> dict[str, Any]:
         "license": "apache-2.0" if _trained_here(net) else "unknown",
         "library_name": "resattn_jax",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "residual-attention-network", "jax", "flax", *sorted(formats)],
-        "datasets": [HUB_DATASETS[name]] if name in HUB_DATASETS else None,
+        "tags": ["image-classification", "residual-attention-network", "jax", "flax", *map(_tag, sorted(formats))],
+        "datasets": [HUB_DATASETS[name]] if name in HUB_DATASETS and net.step else None,
         "metrics": ["accuracy"],
     }
     if net.metrics:
@@ -81,6 +81,10 @@ def _front_matter(net: TrainedNet, formats: Collection[str]) -> dict[str, Any]:
             {"name": net.config.model.name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}
         ]
     return {key: value for key, value in front.items() if value is not None}
+
+
+def _tag(format: str) -> str:
+    return "pytorch" if format == "torch" else format
 
 
 def _data_name(net: TrainedNet) -> str:
