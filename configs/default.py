@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.init_from = placeholder(str)  # a workdir to take the first weights from, or WORKDIR:best, or WORKDIR:STEP
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"
+    c.on_nan = "fail"  # a step whose loss or gradient is not finite: fail (the run ends) | skip (it changes nothing)
+    c.watchdog_minutes = 10.0  # without a step for so long it is told, once, what every thread does; 0: never
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"
@@ -42,6 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.image_size = placeholder(int)  # streaming: side of the square the net sees; None: the set's own size
     c.data.workers = 0  # streaming: processes that decode; 0: threads of this one
     c.data.broken = "fail"  # streaming, a broken picture: fail (the run ends) | skip (reported, counted, left out)
+    c.data.exif_orientation = (
+        False  # streaming: pictures as phones mean them to be looked at; published runs: as stored
+    )
     c.data.mean = (0.0,)  # of pixels in [0, 1]; one for all channels, or one for each
     c.data.std = (1.0,)
     c.data.mean_image = False  # subtract the mean image of the training set instead of `mean`

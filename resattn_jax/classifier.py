@@ -12,11 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from etils import epath
 
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
-from resattn_jax.data.pictures import BrokenPicture, Picture
+from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
 from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
@@ -95,7 +96,7 @@ class Classifier:
     def _views(self, image: Image) -> np.ndarray:
         """uint8 [H, W, C], or of five views [5, H, W, C], as the net is measured on."""
         try:
-            views = eval_transform(self.config, self.spec)(_picture(image, self.spec.eval_shape[-1]))
+            views = eval_transform(self.config, self.spec)(_picture(image, self.spec))
         except (BrokenPicture, OSError) as error:
             raise UsageError(f"{_shown(image)} cannot be read: {error}") from error
         return views[0] if len(views) == 1 else views
@@ -152,12 +153,13 @@ class _Pixels:
         return self._array
 
 
-def _picture(image: Image, channels: int) -> Picture | _Pixels:
-    """A picture of so many channels. Raises BrokenPicture, OSError, and UsageError for what is no image."""
+def _picture(image: Image, spec: DataSpec) -> Picture | _Pixels:
+    """A picture as the net takes it. Raises BrokenPicture, OSError, and UsageError for what is no image."""
     if isinstance(image, str | pathlib.PurePath):
-        image = Picture(epath.Path(image).expanduser().read_bytes()).pixels()
+        image = Picture(epath.Path(image).expanduser().read_bytes(), upright=spec.exif_orientation).pixels()
     elif isinstance(image, PIL.Image.Image):
-        image = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+        image = PIL.ImageOps.exif_transpose(image) if spec.exif_orientation else image
+        image = np.asarray(to_mode(image, 1 if image.mode == "L" else 3))
     array = np.asarray(image)
     if array.dtype.kind == "f":
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
@@ -167,6 +169,7 @@ def _picture(image: Image, channels: int) -> Picture | _Pixels:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3) or not array.size:
         raise UsageError(f"an image is uint8 or float [H, W], [H, W, 1] or [H, W, 3], not {array.dtype} {array.shape}")
+    channels = spec.eval_shape[-1]
     if channels == 3 and array.shape[-1] == 1:
         array = array.repeat(3, axis=-1)
     elif channels == 1 and array.shape[-1] == 3:

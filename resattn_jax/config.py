@@ -127,6 +127,7 @@ def why_streamed(c: ml_collections.ConfigDict) -> str | None:
         "config.augment.random_resized_crop is set": c.augment.random_resized_crop,
         "config.augment.randaugment is set": c.augment.randaugment > 0,
         "config.eval.views is 10": c.eval.views == 10,
+        "config.data.exif_orientation is set": c.data.exif_orientation,
         "config.data.image_size and config.eval.image_size differ": len(sizes) == 2,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -67,19 +67,20 @@ class Experiment:
         return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct]:
-        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, count)."""
+        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span)."""
         arrays, batches = self._pipeline.train_shapes(self.spec, self.batch_size, self.steps_per_dispatch, self.mesh)
-        count = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(self.mesh, P()))
-        return self.abstract_state(), arrays, batches, count
+        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=NamedSharding(self.mesh, P()))
+        return self.abstract_state(), arrays, batches, span
 
     @functools.cache  # noqa: B019 — an experiment lives as long as its process
     def eval_step(self, take: Take) -> Callable[..., Sums]:
         """What `make_eval_step` gives for a stream's `take`, jitted."""
         return make_eval_step(self.model, self.recipe, self.mesh, self.platform, take)
 
-    def evaluate(self, variables: Any, stream: EvalStream) -> dict[str, Any]:
+    def evaluate(self, variables: Any, stream: EvalStream, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """The metrics of `variables` over a stream, each example once: what `metrics.compute` gives.
 
+        alive: called after each batch.
         Broken pictures that were skipped are counted in "broken_pictures_skipped", where there are any.
         Raises UsageError when no example is left, and RunError when a device is out of memory.
         """
@@ -91,6 +92,7 @@ class Experiment:
                 if parts:
                     jax.block_until_ready(parts[-1])  # two batches at a time: streamed ones would fill the memory
                 parts.append(step(variables, stream.arrays, batch, mask))
+                alive()
             parts = jax.device_get(parts)
         if not any(part["Accuracy"]["examples"] for part in parts):
             raise UsageError("not one example of the evaluation split could be read")
@@ -157,6 +159,7 @@ def build(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
         mirror=config.eval.views > 1,
+        skip_not_finite=config.on_nan == "skip",
     )
     return Experiment(
         spec=spec,

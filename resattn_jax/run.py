@@ -6,6 +6,7 @@ It owns every file in the workdir:
     data.json         what the net has to know of its data (`DataSpec`)
     classes.txt       the classes, a name a line
     metrics.jsonl     an object for each time that something was logged
+    not_finite.jsonl  an object for each step whose loss or gradient was not finite, with the rows of its batch
     result.json       the last step's metrics and the best
     parameters.txt    every parameter of the net
     checkpoints/      what `checkpoint` writes
@@ -17,6 +18,7 @@ A file is written whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -72,9 +74,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """What was logged, in order. A line that is no object, such as the last of a killed process, is left out."""
-        path = self.path / "metrics.jsonl"
-        rows = map(_parsed, _read(path).splitlines()) if path.exists() else ()
-        return [row for row in rows if row is not None]
+        return self._rows("metrics.jsonl")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -101,13 +101,16 @@ class Run:
     ) -> Iterator[list[str]]:
         """Begins the run, or goes on with it; of its hosts the first alone writes, and no other process may.
 
-        spec: None where nothing is known of the data yet. Gives sentences about what changed in the config and may.
-        Raises UsageError when the workdir holds the run of
-        another config or of other data, is in use, or cannot be written.
+        spec: None where nothing is known of the data yet. Gives sentences about what changed in the config and the data
+        and may. Raises UsageError when the workdir holds the run of another config or of other data, is in use, or
+        cannot be written.
         """
         notes = self.compare(config)
         if spec:
             self.check_data(spec)
+        if spec and (then := self.spec):
+            notes += then.changed(spec.lists)
+            spec = dataclasses.replace(spec, lists={**spec.lists, **then.lists})
         with contextlib.ExitStack() as stack:
             if first_host:
                 try:
@@ -147,16 +150,17 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.path / 'result.json'} cannot be written: {reason(error)}") from error
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Appends a row to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    def log(self, row: dict[str, Any], name: str = "metrics.jsonl") -> None:
+        """Appends a row with a "step" to a file of rows."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Takes what was logged after `step` out of metrics.jsonl: the run goes on from there and logs it again."""
-        if (self.path / "metrics.jsonl").exists():
-            kept = [row for row in self.metrics if _step(row) <= step]
-            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        """Takes what was logged after `step` out of the files: the run goes on from there and logs it again."""
+        for name in ("metrics.jsonl", "not_finite.jsonl"):
+            if (self.path / name).exists():
+                kept = [row for row in self._rows(name) if _step(row) <= step]
+                self.write(name, "".join(json.dumps(row) + "\n" for row in kept))
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -181,6 +185,11 @@ class Run:
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
             file.flush()
             yield
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        rows = map(_parsed, _read(path).splitlines()) if path.exists() else ()
+        return [row for row in rows if row is not None]
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

@@ -39,6 +39,7 @@ class Progress:
 
     best: the metrics and the "step" of the best evaluation so far, or None. train_seconds, train_images: of training
     alone. since_log: sums of the step metrics since they were logged, and their "count". skipped: broken pictures.
+    not_finite: steps whose loss or gradient was not finite; not_finite_in_a_row: those of them that came last.
     devices: what it was trained on, such as "8 x TPU v5 lite"; "" in runs older than this field.
     """
 
@@ -47,6 +48,8 @@ class Progress:
     train_images: int = 0
     since_log: Mapping[str, float] = dataclasses.field(default_factory=dict)
     skipped: int = 0
+    not_finite: int = 0
+    not_finite_in_a_row: int = 0
     devices: str = ""
 
     def to_plain(self) -> dict[str, Any]:

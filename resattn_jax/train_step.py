@@ -34,7 +34,8 @@ class Recipe:
 
     mean, std: as `normalize` takes them. augment: the section config.augment as it is. mixup_until: the first step
     without mixup. accumulate: the number of micro-batches that a device's batch is split into, and which divides it.
-    mirror: an evaluation sees every image in the mirror too.
+    mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step whose loss or gradient is not
+    finite counts as done; otherwise no step is done after it.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class Recipe:
     ema_decay: float | None = None
     accumulate: int = 1
     mirror: bool = False
+    skip_not_finite: bool = False
 
 
 def network_inputs(
@@ -129,27 +131,32 @@ def make_train_steps(
     take: Take,
     steps_per_dispatch: int,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, count) -> state, metrics.
+    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span) -> state, metrics.
 
     `take(arrays, batch)` gives images and labels. arrays lie whole on every device; every leaf of batches is
-    [steps_per_dispatch, B, …], B sharded. Metrics are float32 [steps_per_dispatch], of which the first `count` are
-    filled. The state is donated. The count is an argument of the program, so that a run that is cut at other steps
-    executes the same code and gets the same bits.
+    [steps_per_dispatch, B, …], B sharded. span is int32 [2]: the number of steps done before, and after. Metrics are
+    float32 [steps_per_dispatch], of which as many as there are steps are filled. The state is donated. The span is an
+    argument of the program, so that a run that is cut at other steps executes the same code and gets the same bits.
+
+    A step whose loss or gradient is not finite changes neither weights nor statistics. Unless recipe.skip_not_finite
+    it does not count as done, and no step after it changes anything.
     """
     one_step = functools.partial(train_step, model, optimizer, recipe, platform.loops)
 
-    def steps(
-        state: TrainState, arrays: Any, batches: Any, count: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def steps(state: TrainState, arrays: Any, batches: Any, span: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         def body(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
-            state, metrics = carry
-            state, new = one_step(state, *take(arrays, jax.tree.map(lambda x: x[i], batches)))
+            before, metrics = carry
+            after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)))
+            good = jnp.isfinite(new["loss"]) & jnp.isfinite(new["gradient_norm"]) & (before.step == span[0] + i)
+            if recipe.skip_not_finite:
+                before = dataclasses.replace(before, step=after.step)
+            state = jax.tree.map(functools.partial(jnp.where, good), after, before)
             return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
 
         metrics = {name: jnp.zeros(steps_per_dispatch) for name in ("loss", "top1", "gradient_norm")}
         if steps_per_dispatch == 1:
             return body(0, (state, metrics))
-        return jax.lax.fori_loop(0, count, body, (state, metrics))
+        return jax.lax.fori_loop(0, span[1] - span[0], body, (state, metrics))
 
     # check_vma=False: gradients stay those of the device's own shard until the pmean above averages them.
     spread = jax.shard_map(

@@ -93,8 +93,8 @@ def run_steps(config, devices, steps):
     experiment, stream = built(config, devices), train_stream(config, devices)
     state, history = experiment.initial_state(), []
     for step in range(steps):
-        one = put(np.int32(1), experiment.mesh, jax.sharding.PartitionSpec())
-        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), one)
+        span = put(np.array([step, step + 1], np.int32), experiment.mesh, jax.sharding.PartitionSpec())
+        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span)
         history.append(jax.tree.map(lambda x: float(x[0]), metrics))
     return state, history
 

@@ -35,7 +35,12 @@ def lower(model, accumulate, devices, optimizer, platform=CPU):
     state = create_state(model, optimizer, IMAGES.shape[1:], seed=0, ema=False)
     batch = put(IMAGES[None], mesh, P(None, "data")), put(LABELS[None], mesh, P(None, "data"))
     steps = make_train_steps(model, optimizer, recipe(accumulate), mesh, platform, lambda arrays, batch: batch, 1)
-    arguments = jax.device_put(state, jax.NamedSharding(mesh, P())), {}, batch, put(np.int32(1), mesh, P())
+    arguments = (
+        jax.device_put(state, jax.NamedSharding(mesh, P())),
+        {},
+        batch,
+        put(np.array([0, 1], np.int32), mesh, P()),
+    )
     return steps.lower(*arguments), arguments
 
 

@@ -1,5 +1,6 @@
 """An exported folder: what its model card says, and how each of its files is loaded, by the card's own lines."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -125,6 +126,21 @@ def test_what_is_loaded_again_gives_the_same_bits(folder, net, expected, monkeyp
     np.testing.assert_array_equal(names["net"].logits("picture.png"), expected)
     [shown] = eval_transform(net.config, net.measured_on)(Picture((folder / "picture.png").read_bytes()))
     np.testing.assert_array_equal(names["images"], shown[None])
+
+
+def test_a_picture_is_turned_as_its_exif_says_where_the_net_was_trained_so(tmp_path, monkeypatch):
+    net = trained_net(shape=(8, 8, 3))
+    net = dataclasses.replace(net, spec=dataclasses.replace(net.spec, exif_orientation=True))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # on its side
+    PIL.Image.fromarray(picture((21, 30, 3))).save(tmp_path / "picture.png", exif=exif)
+    card = card_of(tmp_path, net)
+    assert json.loads((tmp_path / "preprocessing.json").read_text())["exif_orientation"]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    upright = Picture((tmp_path / "picture.png").read_bytes(), upright=True)
+    np.testing.assert_array_equal(names["images"], eval_transform(net.config, net.measured_on)(upright))
 
 
 def test_how_images_are_made_is_said_plainly(folder):

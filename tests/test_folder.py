@@ -4,7 +4,9 @@ import logging
 import os
 import pathlib
 import pickle
+import shutil
 
+import jax
 import numpy as np
 import PIL.features
 import PIL.Image
@@ -12,8 +14,11 @@ import pytest
 from helpers import encoded, flat, save
 
 from resattn_jax.data.pictures import Picture
+from resattn_jax.data.pipelines import TrainingData, for_evaluation, open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.errors import UsageError
+from resattn_jax.run import Run
+from resattn_jax.runtime import CPU, make_mesh
 
 
 @pytest.fixture
@@ -269,3 +274,30 @@ def test_a_message_lists_no_more_than_ten_names(tmp_path):
         (tmp_path / f"n{row:04}").mkdir()
     with pytest.raises(UsageError, match=r"it has n0000, .*, n0009 and 990 others; it needs"):
         opened(tmp_path, "train")
+
+
+def test_a_run_says_when_its_pictures_are_others(tmp_path, tiny_config, caplog):
+    """Their number is the same, and so is everything else that a run compares."""
+    for row in range(20):
+        save(tmp_path / ("train" if row < 16 else "val") / ["cat", "dog"][row % 2] / f"{row}.png", "red")
+    tiny_config.update(batch_size=16, steps_per_dispatch=None)
+    tiny_config.data.update(name=f"folder:{tmp_path}", eval_split="val", image_size=16, mean_image=False)
+    run = Run(tmp_path / "run")
+
+    def notes():
+        with run.writing(tiny_config, TrainingData(tiny_config).spec, first_host=True) as told:
+            return told
+
+    assert notes() == notes() == []
+    shutil.move(tmp_path / "train", tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "train")  # where they lie is no matter
+    assert notes() == []
+    (tmp_path / "val/cat/18.png").rename(tmp_path / "val/cat/new.png")
+    said = "the pictures of 'val' are not those that this run began with: some came, went or were renamed"
+    assert notes() == notes() == [said]  # not only once
+    spec = for_evaluation(tiny_config, run.spec)
+    open_eval(tiny_config, spec, make_mesh(jax.devices()[:1]), CPU, batch_size=4)
+    assert said in caplog.text
+    (tmp_path / "val/cat/new.png").rename(tmp_path / "val/cat/18.png")
+    (tmp_path / "train/dog/3.png").rename(tmp_path / "train/dog/33.png")
+    assert notes() == [said.replace("val", "train")]

@@ -38,10 +38,11 @@ REAL = {  # the least and the most that can be
     "optimizer.momentum": (0, math.nextafter(1, DOWN)), "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (5e-324, 1e6), "schedule.learning_rate": (0, 1000), "schedule.factor": (5e-324, 10),
     "ema_decay": (0, math.nextafter(1, DOWN)), "eval.crop_fraction": (0.01, 1),
+    "watchdog_minutes": (0, 1e6),
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
     "model.name": list(NETS), "model.dtype": ["auto", "float32", "bfloat16"], "model.wiring": ["paper", "double_skip"],
@@ -49,7 +50,7 @@ CHOICE = {
     "model.mask": ["encoder_decoder", "local_convolutions"], "model.init": ["he_fan_in", "he_fan_out", "pytorch"],
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
-    "eval.views": [1, 2, 10],
+    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),

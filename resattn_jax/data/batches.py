@@ -73,7 +73,7 @@ class TrainBatches:
         for _ in range(_TRIES):
             try:
                 data, label = self.source[row]
-                self.transform(Picture(data), rng, out)
+                self.transform(Picture(data, upright=self.transform.upright), rng, out)
                 return label, True, broken
             except (BrokenPicture, OSError) as error:
                 broken.append((self.source.name(row), str(error)))
@@ -111,7 +111,8 @@ class EvalBatches:
         if row >= 0:
             try:
                 data, label = self.source[row]
-                out[...] = self.transform(Picture(data)).reshape(out.shape)
+                picture = Picture(data, upright=self.transform.upright)
+                out[...] = self.transform(picture).reshape(out.shape)
                 return label, True, []
             except (BrokenPicture, OSError) as error:
                 broken = [(self.source.name(row), str(error))]

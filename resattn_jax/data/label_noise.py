@@ -32,5 +32,8 @@ class NoisySource:
         data, label = self._source[row]
         return data, int(label + self._shifts[row]) % len(self.class_names)
 
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        return self._source.fingerprint(rows)
+
     def name(self, row: int) -> str:
         return self._source.name(row)

@@ -32,6 +32,22 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of ch
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # the chunks that make the pixels
 
+_ORIENTATION = 0x0112  # EXIF's tag, and what undoes each of its values
+_TURNS = dict(
+    enumerate(
+        (
+            PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+            PIL.Image.Transpose.ROTATE_180,
+            PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+            PIL.Image.Transpose.TRANSPOSE,
+            PIL.Image.Transpose.ROTATE_270,
+            PIL.Image.Transpose.TRANSVERSE,
+            PIL.Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)
+
 # What libjpeg says of a file in which data ends before the picture does.
 _MISSING = re.compile("premature end of data segment|found marker 0xd9 instead of RST")
 # What libjpeg says of data between the last row and the end of the file: the number of bytes.
@@ -64,13 +80,10 @@ class Scratch(threading.local):
 
 
 class Picture:
-    """A picture whose header has been read. height and width are in pixels.
+    """A picture whose header has been read. height and width are in pixels."""
 
-    EXIF orientation is not applied: the published nets were trained without it.
-    """
-
-    def __init__(self, data: bytes):
-        """Raises BrokenPicture."""
+    def __init__(self, data: bytes, *, upright: bool = False):
+        """upright: turned and mirrored as its EXIF orientation asks for; else as it is stored. Raises BrokenPicture."""
         self._data, self._inks = data, False
         self._image: PIL.Image.Image | None = None
         if not data:
@@ -87,6 +100,8 @@ class Picture:
                 self._open()
         if self.height * self.width > MAX_PIXELS:
             raise BrokenPicture(f"it claims to have {self.height} x {self.width} pixels, more than {MAX_PIXELS:,}")
+        if upright and (orientation := exif_orientation(data)) != 1:
+            self._turn(_TURNS[orientation])
 
     def pixels(self, shrink: int = 1, channels: int = 3) -> np.ndarray:
         """Pixels, uint8 [ceil(height / shrink), ceil(width / shrink), channels]. shrink is 1, 2, 4 or 8.
@@ -149,6 +164,11 @@ class Picture:
         except ValueError as error:
             _check_complete(error)
 
+    def _turn(self, method: PIL.Image.Transpose) -> None:
+        image = PIL.Image.fromarray(self.pixels()) if self._image is None else self._image
+        self._image = image.transpose(method)
+        self.width, self.height = self._image.size
+
     def _open(self) -> None:
         data, kinds = (_bare_png(self._data), ("PNG",)) if self._data.startswith(_PNG) else (self._data, _KINDS)
         try:
@@ -158,6 +178,16 @@ class Picture:
         except Exception as error:
             raise BrokenPicture(reason(error)) from error
         self.width, self.height = self._image.size
+
+
+def exif_orientation(data: bytes) -> int:
+    """How the pixels of a file have to be turned to be looked at: 2 to 8 as in EXIF's tag 0x0112, 1 for not at all."""
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=_KINDS) as image:
+            found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # of many kinds: what cannot be read says nothing
+        return 1
+    return found if found in _TURNS else 1
 
 
 def to_mode(image: PIL.Image.Image, channels: int) -> PIL.Image.Image:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from resattn_jax.config import why_streamed
 from resattn_jax.data import resident, streaming
 from resattn_jax.data.label_noise import NoisySource
+from resattn_jax.data.pictures import exif_orientation
 from resattn_jax.data.sources import Examples, Source, Split, open_source, read
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
@@ -84,7 +85,7 @@ class TrainingData:
     @functools.cached_property
     def spec(self) -> DataSpec:
         """What a net has to know; with config.data.mean_image this decodes the training set."""
-        spec = spec_of(self._config, self._train, self._eval)
+        spec = dataclasses.replace(spec_of(self._config, self._train, self._eval), lists=self._lists())
         if not self._config.data.mean_image:
             return spec
         return dataclasses.replace(spec, mean=np.asarray(self._examples.images.mean(0) / 255, np.float32))
@@ -104,6 +105,7 @@ class TrainingData:
             tuple(augment.crop_area),
             tuple(augment.crop_aspect),
             (augment.randaugment, augment.randaugment_magnitude),
+            self.spec.exif_orientation,
         )
         return streaming.StreamingTrain(
             self._train,
@@ -120,6 +122,19 @@ class TrainingData:
         """The evaluation split's stream."""
         return _eval_stream(self._config, self.spec, self._eval, mesh, platform, batch_size)
 
+    def turned(self, rows: Iterable[int]) -> int:
+        """How many of some rows of the training split are pictures that EXIF orientation wants to be turned."""
+        count = 0
+        for row in rows:
+            with contextlib.suppress(OSError):  # it is told of when it is decoded
+                count += exif_orientation(self._train[row][0]) != 1
+        return count
+
+    def _lists(self) -> dict[str, str]:
+        data = self._config.data
+        prints = {data.train_split: self._train.fingerprint(), data.eval_split: self._eval.fingerprint()}
+        return {split: fingerprint for split, fingerprint in prints.items() if fingerprint}
+
     @functools.cached_property
     def _examples(self) -> Examples:
         return _read(self._config, self._train)
@@ -135,6 +150,8 @@ def open_eval(
     data = config.data
     source = open_source(data.name, data.eval_split, data.dir)
     check_same_classes(spec.class_names, source.class_names, "the net")
+    for note in spec.changed({data.eval_split: source.fingerprint()}):
+        log.warning("%s", note)
     _check_labels(data, data.eval_split, source)
     return _eval_stream(config, spec, source, mesh, platform, batch_size)
 
@@ -169,6 +186,7 @@ def describe_for(config: ml_collections.ConfigDict, channels: int, classes: int)
                 std=_per_channel(data.std, "std", channels),
                 crop_fraction=config.eval.crop_fraction,
                 resident=False,
+                exif_orientation=data.exif_orientation,
             ),
         )
     if spec.num_classes != classes:
@@ -187,7 +205,8 @@ def for_evaluation(config: ml_collections.ConfigDict, spec: DataSpec) -> DataSpe
 
 def eval_transform(config: ml_collections.ConfigDict, spec: DataSpec) -> EvalTransform:
     """How a picture of any size becomes what the net is shown."""
-    return EvalTransform(spec.eval_shape[0], spec.crop_fraction, 5 if config.eval.views == 10 else 1)
+    views = 5 if config.eval.views == 10 else 1
+    return EvalTransform(spec.eval_shape[0], spec.crop_fraction, views, spec.exif_orientation)
 
 
 def spec_of(config: ml_collections.ConfigDict, train: Split, evaluation: Split) -> DataSpec:
@@ -213,6 +232,7 @@ def spec_of(config: ml_collections.ConfigDict, train: Split, evaluation: Split) 
         std=_per_channel(data.std, "std", shape[-1]),
         crop_fraction=1.0,
         resident=reason is None,
+        exif_orientation=data.exif_orientation,
     )
     return for_evaluation(config, spec)
 

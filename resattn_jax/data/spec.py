@@ -20,7 +20,10 @@ class DataSpec:
     class_names: class_names[label] is a label's name.
     mean, std: float32 of pixels in [0, 1], of shape [1] or [C]; a mean image is [H, W, C].
     crop_fraction: a picture of another size is resized so that its shorter side is eval_shape[0] / crop_fraction, and
-      the centre of it is cut out. EXIF orientation is not applied, as it was not when the published nets were trained.
+      the centre of it is cut out.
+    exif_orientation: whether a picture's EXIF orientation is applied first. It was not when the published nets were
+      trained.
+    lists: {split: a hash of which examples it had}, of the splits whose examples may change; {} in older runs.
     resident: whether the images of the set have this shape already, so that the whole set can lie on the devices.
     """
 
@@ -32,6 +35,8 @@ class DataSpec:
     std: np.ndarray
     crop_fraction: float
     resident: bool
+    exif_orientation: bool = False
+    lists: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -55,6 +60,8 @@ class DataSpec:
                 std=np.array(plain["std"], np.float32),
                 crop_fraction=float(plain["crop_fraction"]),
                 resident=bool(plain["resident"]),
+                exif_orientation=bool(plain.get("exif_orientation", False)),  # not in older runs
+                lists=dict(plain.get("lists", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{where} does not describe the data of a run: {error!r}") from error
@@ -68,6 +75,14 @@ class DataSpec:
             if not np.array_equal(before, after):
                 shown = f": {before} then, {after} now" if np.size(before) < 10 else ""
                 raise UsageError(f"the data is not what {workdir} was trained on: {what} differs{shown}")
+
+    def changed(self, lists: Mapping[str, str]) -> list[str]:
+        """Sentences about splits of this spec that have other examples in `lists` now."""
+        return [
+            f"the pictures of {split!r} are not those that this run began with: some came, went or were renamed"
+            for split, then in self.lists.items()
+            if lists.get(split, then) != then
+        ]
 
 
 def check_same_classes(then: tuple[str, ...], now: tuple[str, ...], workdir: object) -> None:

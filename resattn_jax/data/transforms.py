@@ -38,6 +38,7 @@ class TrainTransform:
 
     crop is True for a random resized crop, False for resize and centre crop. area is the range of the crop's share of
     the picture, aspect the range of its width / height. randaugment is (operations per image, magnitude from 0 to 10).
+    upright: the picture is one whose EXIF orientation was applied.
     """
 
     size: int
@@ -45,6 +46,7 @@ class TrainTransform:
     area: tuple[float, float]
     aspect: tuple[float, float]
     randaugment: tuple[int, float]
+    upright: bool = False
 
     def __call__(self, picture: Picture, rng: np.random.Generator, out: np.ndarray) -> None:
         """Writes the image to `out`. Raises BrokenPicture."""
@@ -62,11 +64,13 @@ class EvalTransform:
 
     One view is the centre; five are the four corners and the centre. The picture is first resized so that its shorter
     side is size / fraction, by Pillow's antialiased bilinear filter, as in the evaluation of the published nets.
+    upright: as in `TrainTransform`.
     """
 
     size: int
     fraction: float
     views: int
+    upright: bool = False
 
     def __call__(self, picture: HasPixels) -> np.ndarray:
         """Raises BrokenPicture, also if the picture is so narrow that it would be too large when resized."""

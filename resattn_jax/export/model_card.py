@@ -34,6 +34,7 @@ def preprocessing(net: TrainedNet) -> dict[str, Any]:
     """How a picture of any size becomes what the net is shown, in the words that image processors use."""
     height, width, channels = net.measured_on.eval_shape
     return {
+        "exif_orientation": net.spec.exif_orientation,
         "size": {"shortest_edge": _resized(net)},
         "resample": "bilinear, antialiased, as Pillow has it",
         "crop_size": {"height": height, "width": width},
@@ -152,15 +153,18 @@ def _files(net: TrainedNet, formats: Collection[str]) -> str:
 
 def _picture(net: TrainedNet) -> str:
     height, width, channels = net.measured_on.eval_shape
+    opened, module = 'PIL.Image.open("picture.png")', "PIL.Image"
+    if net.spec.exif_orientation:
+        opened, module = f"PIL.ImageOps.exif_transpose({opened})", "PIL.Image, PIL.ImageOps"
     axes = "[None, ..., None]" if channels == 1 else "[None]"
     return f"""All but model.safetensors are shown `images`, uint8 [batch, {height}, {width}, {channels}]. How a picture
 becomes one, `preprocessing.json` says too:
 
 ```python
 import numpy as np
-import PIL.Image
+import {module}
 
-image = PIL.Image.open("picture.png").convert("{"L" if channels == 1 else "RGB"}")
+image = {opened}.convert("{"L" if channels == 1 else "RGB"}")
 scale = {_resized(net)} / min(image.size)
 image = image.resize([max(round(side * scale), {height}) for side in image.size], PIL.Image.Resampling.BILINEAR)
 left, top = (round((side - {height}) / 2) for side in image.size)

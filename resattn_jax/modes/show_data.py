@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -17,10 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax import runtime
 from resattn_jax.cli import Command
+from resattn_jax.data.order import batch_rows
 from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.experiment import build
 from resattn_jax.run import Run
 from resattn_jax.train_step import network_inputs
+
+log = logging.getLogger("resattn_jax")
 
 IMAGES = 64  # no more than these are shown
 _COLUMNS, _SMALLEST, _TEXT = 8, 128, 32  # images a row; pixels: the least side of an image, the lines under it
@@ -51,6 +55,14 @@ def write_contact_sheet(
         return network_inputs(recipe, jnp.int32(0), images, labels, len(names))
 
     spread = jax.shard_map(inputs, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P("data"), check_vma=False)
+    rows = batch_rows(config.seed, 0, config.batch_size, data.spec.examples)[:IMAGES].tolist()
+    if not config.data.exif_orientation and (turned := data.turned(rows)):
+        log.warning(
+            "%d of the first %d pictures are to be turned by their EXIF orientation, which is not applied;"
+            " config.data.exif_orientation=True applies it",
+            turned,
+            len(rows),
+        )
     images, targets = multihost_utils.process_allgather(jax.jit(spread)(train.arrays, train.batches(0, 1)), tiled=True)
     train.close()
     pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)[:IMAGES]

@@ -18,6 +18,7 @@ from resattn_jax import runtime
 from resattn_jax.checkpoint import Writer
 from resattn_jax.cli import Command
 from resattn_jax.config import check
+from resattn_jax.data.order import batch_rows
 from resattn_jax.data.pipelines import EvalStream, TrainingData, TrainStream
 from resattn_jax.data.resident import put
 from resattn_jax.errors import Interrupted, RunError
@@ -30,6 +31,9 @@ from resattn_jax.report.training import Report
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS, Signals
 from resattn_jax.state import Progress, TrainState
+from resattn_jax.watchdog import Watchdog
+
+MOST_IN_A_ROW = 10  # steps that are not finite, one after the other, until a run that skips them has broken down
 
 
 def run(command: Command) -> None:
@@ -74,9 +78,10 @@ def train_and_evaluate(
         Report(run, experiment.durations.total) as report,
         Writer(run.checkpoints, **keep, say=report.say) as checkpoints,
         contextlib.closing(train),
+        Watchdog(60 * config.watchdog_minutes) as watchdog,
     ):
         _introduce(report, experiment, config, run, data, notes)
-        training = Training(config, experiment, train, evaluation, checkpoints, report, startup)
+        training = Training(config, experiment, train, evaluation, checkpoints, report, startup, watchdog)
         training.restore()
         training.compile()
         with SIGNALS.held() as signals:
@@ -96,9 +101,10 @@ class Training:
         checkpoints: Writer,
         report: Report,
         startup: Startup,
+        watchdog: Watchdog,
     ):
         self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
-        self.checkpoints, self.report, self.startup = checkpoints, report, startup
+        self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
         self.total, self.devices = experiment.durations.total, runtime.describe_devices(experiment.mesh)
         self.step = 0
         self.state: TrainState
@@ -131,6 +137,7 @@ class Training:
             )
         self.clock = Clock(progress, self.config.batch_size)
         self.best, self.skipped_before = progress.best, progress.skipped
+        self.not_finite, self.not_finite_in_a_row = progress.not_finite, progress.not_finite_in_a_row
         self.since_log = StepMeans(progress.since_log)
         self.report.begin(self.step)
 
@@ -157,7 +164,7 @@ class Training:
             if due or stopping:
                 self.look()
                 self.clock.stop(self.step)
-            if self.since_log:
+            if self.since_log.newest:
                 self.report.progress(self.step, self.since_log.newest["loss"], self.clock.images_per_second)
             if "log" in due:
                 self.log()
@@ -180,8 +187,8 @@ class Training:
         until_due = (n - self.step % n for n in self.experiment.every.values() if n)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
-        number = put(np.array(count, np.int32), self.experiment.mesh, P())
-        self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, number)
+        span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
+        self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span)
         if not self.warm:
             jax.block_until_ready(metrics)
             self.startup.done("first step" if count == 1 else f"first {count} steps")
@@ -191,18 +198,43 @@ class Training:
         self.step += count
 
     def look(self) -> None:
-        """Adds the metrics of the dispatch before. Raises RunError for a loss or a gradient that is not finite."""
+        """Adds the metrics of the dispatch before. Raises RunError as `stumble` does."""
         if self._running is None:
             return
         (first, count, metrics), self._running = self._running, None
         values = {name: np.asarray(value)[:count] for name, value in jax.device_get(metrics).items()}
         for i in range(count):
             step_metrics = {name: float(value[i]) for name, value in values.items()}
-            for name in ("loss", "gradient_norm"):
-                if not np.isfinite(step_metrics[name]):
-                    what = name.replace("_", " ")
-                    raise RunError(f"the {what} at step {first + i + 1} is {step_metrics[name]}; {self._advice()}")
-            self.since_log.add(step_metrics)
+            if np.isfinite([step_metrics["loss"], step_metrics["gradient_norm"]]).all():
+                self.since_log.add(step_metrics)
+                self.not_finite_in_a_row = 0
+            else:
+                self.stumble(first + i, step_metrics)
+        self.watchdog.alive()
+
+    def stumble(self, done: int, metrics: dict[str, float]) -> None:
+        """Keeps what a step was made of whose loss or gradient is not finite; it changed nothing.
+
+        done: the number of steps before it. Raises RunError, after saving the state before it, unless such steps are
+        skipped; then too when there were many, one after the other.
+        """
+        name = next(name for name in ("loss", "gradient_norm") if not np.isfinite(metrics[name]))
+        told = f"the {name.replace('_', ' ')} at step {done + 1} is {metrics[name]}"
+        rows = batch_rows(self.config.seed, done, self.config.batch_size, self.experiment.spec.examples)
+        self.report.not_finite(done + 1, metrics, rows.tolist())
+        if self.config.on_nan == "skip":
+            self.not_finite += 1
+            self.not_finite_in_a_row += 1
+            if self.not_finite_in_a_row == MOST_IN_A_ROW:
+                raise RunError(f"{told}, as at the {MOST_IN_A_ROW - 1} steps before; {self._advice()}")
+            self.report.say(f"{told}; the step was skipped")
+            return
+        if done:
+            self.step = done
+            self.clock.stop(done)
+            self.save()
+            self.settle()
+        raise RunError(f"{told}; {self._advice()}, or go on without such steps: config.on_nan=skip")
 
     def log(self) -> None:
         """Logs the means over the steps since the last time."""
@@ -212,6 +244,8 @@ class Training:
             means["images_per_second"] = self.clock.images_per_second
         if self.skipped:
             means["broken_pictures_skipped"] = self.skipped
+        if self.not_finite:
+            means["steps_not_finite"] = self.not_finite
         self.report.log(self.step, "train", means)
 
     def evaluate(self) -> dict[str, float]:
@@ -225,7 +259,7 @@ class Training:
 
     def measure(self) -> dict[str, Any]:
         """The metrics of the evaluation split. Raises RunError when the loss is not finite."""
-        metrics = self.experiment.evaluate(self.state.eval_variables, self.evaluation)
+        metrics = self.experiment.evaluate(self.state.eval_variables, self.evaluation, self.watchdog.alive)
         if not np.isfinite(metrics["loss"]):
             raise RunError(f"the evaluation loss at step {self.step} is {metrics['loss']}; {self._advice()}")
         return metrics
@@ -238,6 +272,8 @@ class Training:
             train_images=self.clock.images,
             since_log=self.since_log.sums,
             skipped=self.skipped,
+            not_finite=self.not_finite,
+            not_finite_in_a_row=self.not_finite_in_a_row,
             devices=self.devices,
         )
         self.checkpoints.save(self.state, progress, self.final)
@@ -284,16 +320,13 @@ class StepMeans:
         self.sums: dict[str, float] = dict(sums)  # {"count": …, "loss": …}, replaced and never changed
         self.newest: dict[str, float] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self.newest)
-
     def add(self, metrics: dict[str, float]) -> None:
         """Of one step."""
         self.newest = metrics
         self.sums = {name: self.sums.get(name, 0) + value for name, value in {"count": 1, **metrics}.items()}
 
     def take(self) -> dict[str, float]:
-        """The means, and nothing is left."""
+        """The means, of no step none, and nothing is left."""
         sums, self.sums = self.sums, {}
         return {name: value / sums["count"] for name, value in sums.items() if name != "count"}
 

@@ -89,6 +89,12 @@ class Report:
             shown = "  ".join(f"{name} {_FORMATS.get(name, '{:.4g}').format(v)}" for name, v in numbers.items())
             self.say(f"step {step}/{self._total}  {split}:  {shown}")
 
+    def not_finite(self, step: int, metrics: Mapping[str, float], rows: list[int]) -> None:
+        """Keeps what a step was made of whose loss or gradient was not finite: its rows of the training split."""
+        if self._active:
+            values = {name: str(value) for name, value in metrics.items()}  # JSON has no nan
+            self._run.log({"step": step, **values, "rows": rows}, "not_finite.jsonl")
+
     def model(self, params: Any, multiply_adds: int) -> None:
         """Prints parameters per block, the total and the multiply-adds; writes every single one to parameters.txt."""
         if not self._active:

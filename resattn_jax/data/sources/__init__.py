@@ -51,6 +51,9 @@ class Source(Split, Protocol):
     def name(self, row: int) -> str:
         """A name by which a person finds the example."""
 
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        """A hash of which examples there are, all or those of some rows; "" for a set that is always the same."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:

@@ -76,6 +76,11 @@ class FolderSource:
     def name(self, row: int) -> str:
         return _shown(self._path(row))
 
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        """Of the paths from the split's folder on, in their order."""
+        files = self._files if rows is None else self._files[rows]
+        return hashlib.blake2b(b"\0".join(files.tolist()), digest_size=8).hexdigest()
+
     def shares(self) -> np.ndarray:
         """A number in [0, 1) for each picture, a hash of its path from the split's folder on: float64 [N].
 

@@ -29,6 +29,9 @@ class Part:
     def __getitem__(self, row: int) -> tuple[bytes, int]:
         return self._source[int(self._rows[row])]
 
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        return self._source.fingerprint(self._rows if rows is None else self._rows[rows])
+
     def name(self, row: int) -> str:
         return self._source.name(int(self._rows[row]))
 

@@ -45,6 +45,9 @@ class SyntheticSource:
     def __getitem__(self, row: int) -> tuple[bytes, int]:
         return _jpeg(self._seed, row % self._PICTURES), (row * 7919) % len(self.class_names)
 
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        return ""
+
     def name(self, row: int) -> str:
         return f"synthetic example {row}"
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from resattn_jax.data.sources import Source, made_here
 from resattn_jax.errors import UsageError, nearest, reason
 
@@ -60,7 +62,7 @@ class TfdsSource:
         self.class_names = tuple(features[self._label].names)
         shape = features[self._image].shape
         self.image_shape = None if None in shape else shape
-        self._title = f"{name} {split}"
+        self._title, self._version = f"{name} {split}", builder.info.full_name
 
     def __len__(self) -> int:
         return len(self._records)
@@ -71,6 +73,10 @@ class TfdsSource:
         if not data or not label:
             raise OSError("the record has no picture or no label")
         return data[0], label[0]
+
+    def fingerprint(self, rows: np.ndarray | None = None) -> str:
+        """The set's name and version, by which TFDS promises the same examples."""
+        return str(self._version)
 
     def name(self, row: int) -> str:
         try:
