@@ -21,6 +21,7 @@ setup(
         "array-record",
         "clu>=0.0.12",
         "etils[epath]",
+        "flatbuffers",  # jax.export writes with it and does not ask for it
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "grain>=0.2.18",
@@ -33,6 +34,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow",
+        "pyyaml",
         "rich",
         "safetensors",
         "scikit-learn",
@@ -45,7 +47,8 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
-        "test": ["psutil", "pytest", "pytest-xdist"],
+        "onnx": ["onnx>=1.20"],
+        "test": ["onnx>=1.20", "onnxruntime>=1.20", "psutil", "pytest", "pytest-xdist"],
         "lint": ["mypy", "ruff"],
     },
 )

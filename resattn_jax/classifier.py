@@ -22,12 +22,12 @@ from etils import epath
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
 from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
-from resattn_jax.data.pipelines import describe, eval_transform, for_evaluation, open_eval
+from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation, open_eval
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform
 from resattn_jax.errors import UsageError, nearest, printable, reason
 from resattn_jax.experiment import Experiment, build
-from resattn_jax.export import WEIGHTS, read_weights
+from resattn_jax.export.folder import WEIGHTS, read_weights
 from resattn_jax.intermediates import attention_modules, maps
 from resattn_jax.run import Run
 from resattn_jax.train_step import predict
@@ -319,10 +319,20 @@ def open_net(run: Run, config: ml_collections.ConfigDict, checkpoint: str, *, or
         return Classifier(config, spec, read_weights(run), name=str(run))
     with Reader(run.checkpoints) as checkpoints:
         step, variables = checkpoints.eval_variables(checkpoint, or_newest=or_newest)
-    if spec is None:  # a run older than data.json
-        spec = describe(config)
+    if spec is None:
+        spec = spec_of_run(run, config, variables)
         run.check_data(spec)
     return Classifier(config, spec, variables, name=f"{run}, step {step}")
+
+
+def spec_of_run(run: Run, config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> DataSpec:
+    """What the net of a run knows of its data; where the run has not kept it, what the data or the config say.
+
+    That is so in runs older than data.json, and where others' weights were imported without their data. Raises
+    UsageError when none of them says it.
+    """
+    kernel, bias = variables["params"]["stem_conv"]["kernel"], variables["params"]["head"]["bias"]
+    return run.spec or describe_for(config, channels=kernel.shape[2], classes=len(bias))
 
 
 def _listed(images: Images) -> Iterable[Image]:

@@ -21,6 +21,7 @@ from absl import app, flags
 
 from resattn_jax.config import OF_THE_NET, changed, check, check_keys, check_values, compare, no_such_key, resolve_total
 from resattn_jax.errors import UsageError, nearest, reason
+from resattn_jax.export import FILES
 from resattn_jax.rules import RULES, shortened, shown
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS
@@ -74,8 +75,8 @@ MODES = {
         needs=("torch_checkpoint",),
     ),
     "export": Mode(
-        "write a checkpoint to --output, or for PyTorch to --torch_checkpoint",
-        (*_DEVICES, "checkpoint", "output", "torch_checkpoint"),
+        "write a checkpoint to --output, or for PyTorch alone to --torch_checkpoint",
+        (*_DEVICES, "checkpoint", "output", "format", "torch_checkpoint"),
         needs=("output", "torch_checkpoint"),
         of_a_run=True,
     ),
@@ -103,6 +104,9 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_integer("top", 5, "How many classes are told of each picture.", 1, _MOST)
 flags.DEFINE_boolean("summary", False, "Of attention: measure the modules over the evaluation split.")
+flags.DEFINE_multi_string(
+    "format", [], f"What else an export writes to --output, one or more of: {', '.join(FILES)}; the first always is."
+)
 flags.DEFINE_string("coordinator", None, "Many hosts, if they are not found by themselves: HOST:PORT of the first.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", 1, _MOST)
 flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0, _MOST)
@@ -116,7 +120,8 @@ class Command:
 
     config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
     command line changes. checkpoint: "newest", "best" or a step. images: as they were given. top: how many classes of
-    each. cluster: the arguments of `runtime.initialize`. began: `time.perf_counter()` when the program started.
+    each. formats: what is written to `output`. cluster: the arguments of `runtime.initialize`. began:
+    `time.perf_counter()` when the program started.
     """
 
     mode: str
@@ -128,6 +133,7 @@ class Command:
     images: tuple[str, ...]
     top: int
     summary: bool
+    formats: tuple[str, ...]
     cluster: tuple[str | None, int | None, int | None]
     began: float
 
@@ -157,6 +163,7 @@ def parse(argv: Sequence[str]) -> Command:
         images=tuple(FLAGS.images),
         top=FLAGS.top,
         summary=FLAGS.summary,
+        formats=_formats(),
         cluster=_cluster(),
         began=BEGAN,
     )
@@ -293,6 +300,18 @@ def _path(flag: str) -> str | None:
     if is_folder != (flag not in MODES[FLAGS.mode].files):
         raise UsageError(f"{named} is {'a folder; name a file' if is_folder else 'a file; name a folder'}")
     return path
+
+
+def _formats() -> tuple[str, ...]:
+    """The formats of --format, given once with commas or more often. Raises UsageError for what is none."""
+    named = [name.strip() for given in FLAGS.format for name in given.split(",")]
+    for name in named:
+        if name not in FILES:
+            near = nearest(name, FILES)
+            raise UsageError(f"--format={shortened(name)}{near}: it must be one or more of {', '.join(FILES)}")
+    if named and FLAGS.output is None:
+        raise UsageError(f"--format={shortened(','.join(named))} needs --output=DIR, the folder it is written to")
+    return tuple(dict.fromkeys(named))
 
 
 def _cluster() -> tuple[str | None, int | None, int | None]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from resattn_jax.models import NETS
 from resattn_jax.models.nets import Spec, Stage
-from resattn_jax.torch_files import find_state_dict, listed, read_torch, to_numpy, write_torch
+from resattn_jax.torch_files import encode_torch, find_state_dict, listed, read_torch, to_numpy, write_torch
 
-__all__ = ["from_torch", "read_torch", "to_torch", "write_torch"]
+__all__ = ["encode_torch", "from_torch", "read_torch", "their_net", "to_torch", "write_torch"]
 
 
 class _MaskNames(NamedTuple):
@@ -292,7 +292,7 @@ def to_torch(variables: Mapping[str, Any], name: str, names: str | None = None) 
       ValueError: there are no such names, their code has no such net, or variables are missing, unknown or misshapen:
         the first ones are named, the others counted.
     """
-    names = names or next((known for known, theirs in _NAMES.items() if name in theirs.nets), "public")
+    names = names or _first_with(name)
     if names not in _NAMES:
         raise ValueError(f"names is {names!r}; it must be one of {', '.join(_NAMES)}")
     theirs = _NAMES[names]
@@ -315,6 +315,17 @@ def to_torch(variables: Mapping[str, Any], name: str, names: str | None = None) 
     return state_dict
 
 
+def their_net(name: str) -> tuple[str, str]:
+    """Whose names `to_torch` gives the net `name`, "public" or "pytorchcv", and what the net is called there."""
+    names = _first_with(name)
+    return names, _NAMES[names].nets[name]
+
+
+def _first_with(name: str) -> str:
+    """The first of the codes that has the net; where none has, the one whose fault it is told as."""
+    return next((names for names, theirs in _NAMES.items() if name in theirs.nets), "public")
+
+
 def _check_name(names: _Names, name: str) -> None:
     if name not in names.nets:
         others = "".join(f"; {other.code} has it" for other in _NAMES.values() if name in other.nets)
@@ -326,7 +337,7 @@ def _names_in(state: dict[str, Any], name: str) -> _Names:
     for names in _NAMES.values():
         if any(f".{key}".endswith((f".{names.stem}.weight", f".{names.head}.weight")) for key in state):
             return names
-    return next((names for names in _NAMES.values() if name in names.nets), _NAMES["public"])
+    return _NAMES[_first_with(name)]
 
 
 def _without_prefix(state: dict[str, Any], known: set[str]) -> dict[str, Any]:

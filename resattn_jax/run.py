@@ -81,6 +81,11 @@ class Run:
         """What the finished run reached, or None. Raises UsageError when the file is damaged."""
         return self._read_json("result.json")
 
+    def measured(self, step: int) -> dict[str, Any]:
+        """The metrics of the evaluation split that were logged at `step`, {} where none were."""
+        rows = [row for row in self.metrics if row.get("step") == step and "eval/top1" in row]
+        return {key.removeprefix("eval/"): value for row in rows[-1:] for key, value in row.items() if key != "step"}
+
     def check_data(self, spec: DataSpec) -> None:
         """Raises UsageError when `spec` is of other data than the run's, as far as the run kept it."""
         if then := self.spec:

@@ -50,8 +50,8 @@ def initialize(
     except (RuntimeError, AssertionError) as error:  # the second: a build for GPUs without one
         wanted = os.environ.get("JAX_PLATFORMS", "")
         raise UsageError(
-            f"JAX finds no device for JAX_PLATFORMS={shortened(wanted)} ({reason(error)}); set it to cpu or to nothing, or"
-            " install what it needs: pip install -e '.[cuda13]' or '.[tpu]'"
+            f"JAX finds no device for JAX_PLATFORMS={shortened(wanted)} ({reason(error)}); set it to cpu or to nothing,"
+            " or install what it needs: pip install -e '.[cuda13]' or '.[tpu]'"
         ) from error
     if jax.distributed.is_initialized():
         ctypes.CDLL(None).signal(signal.SIGABRT, _end_after_abort)

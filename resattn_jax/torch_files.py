@@ -5,6 +5,7 @@ PyTorch itself is needed for all but .safetensors, and is imported where a file 
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -73,13 +74,18 @@ def write_torch(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarra
     Raises ValueError for another suffix, or when PyTorch is needed and not installed; OSError as `open` does.
     """
     path = _check_path(path)
+    path.write_bytes(encode_torch(path, state_dict))
+
+
+def encode_torch(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> bytes:
+    """What `write_torch` writes to `path`. Raises ValueError as it does."""
+    path = _check_path(path)
     arrays = {name: np.array(array, order="C") for name, array in state_dict.items()}
     if path.suffix.lower() == ".safetensors":
-        path.write_bytes(safetensors.numpy.save(arrays))
-    else:
-        torch = _import_torch(path)
-        with path.open("wb") as file:
-            torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+        return safetensors.numpy.save(arrays)
+    torch, file = _import_torch(path), io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+    return file.getvalue()
 
 
 def find_state_dict(content: Any) -> Mapping[Any, Any]:

@@ -100,9 +100,16 @@ def test_a_broken_picture_is_told_by_its_name(net, tmp_path):
         net.predict(tmp_path / "broken.png")
 
 
-def test_an_exported_net_needs_neither_its_run_nor_its_data(trained, tiny_config, tmp_path, monkeypatch):
+def test_an_exported_net_needs_neither_its_run_nor_its_data(trained, tiny_config, one_device, tmp_path, monkeypatch):
     there = resattn_jax.load(trained)
+    measured = evaluate_checkpoint(tiny_config, trained, "best", one_device)
     export_folder(tiny_config, trained, "best", tmp_path / "net")
+    card = (tmp_path / "net/README.md").read_text()
+    assert f"Step {measured['step']}, split `test` of `digits`, 360 images." in card
+    assert f"| top-1 accuracy | {measured['top1']:.2%} |" in card
+    tiny_config.eval.views = 2
+    export_folder(tiny_config, trained, "best", tmp_path / "mirrored")  # which the run has not measured
+    assert "Not measured by the run" in (tmp_path / "mirrored/README.md").read_text()
     trained.rename(tmp_path / "gone")
     from resattn_jax.data import pipelines
 

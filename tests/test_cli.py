@@ -185,6 +185,10 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         (["--mode=export", "--output=a", "--torch_checkpoint=b"], "--mode=export needs --output=PATH or"),
         (["--mode=export", f"--torch_checkpoint={ROOT}"], "is a folder; name a file"),
         (["--mode=export", "--output="], "--output= is no path"),
+        (["--mode=export", "--output=a", "--format=onix"], "--format=onix (did you mean 'onnx'?): it must be one or"),
+        (["--mode=export", "--output=a", "--format="], "--format=: it must be one or more of safetensors, torch, sta"),
+        (["--mode=export", "--torch_checkpoint=b.pth", "--format=onnx"], "--format=onnx needs --output=DIR, the"),
+        (["--mode=evaluate", "--format=onnx"], "--format is for --mode=export, not for --mode=evaluate"),
         (["--mode=import"], "--mode=import needs --torch_checkpoint=PATH"),
         (["--mode=predict"], "--mode=predict needs --images=PATH"),
         (["--mode=attention"], "--mode=attention needs --images=PATH or --summary, one of them"),
@@ -214,6 +218,16 @@ def test_paths_begin_at_the_home_folder(parse):
     assert parse(*export, "--output=~/b")["output"] == f"{home}/b"
     assert parse(*export, "--torch_checkpoint=~/c.pth")["torch_checkpoint"] == f"{home}/c.pth"
     assert str(Run("~/run")) == os.path.expanduser("~/run")  # which is how init_from is opened
+
+
+def test_formats_are_given_with_commas_or_one_by_one(parse):
+    export = ["--mode=export", "--config=configs/digits.py", "--output=a"]
+    assert parse(*export)["formats"] == []
+    assert parse(*export, "--format=onnx,torch", "--format=stablehlo, onnx")["formats"] == [
+        "onnx",
+        "torch",
+        "stablehlo",
+    ]
 
 
 def test_the_workdir_is_that_of_the_recipe(parse):
@@ -294,7 +308,7 @@ TEXTS = [
     "a=b", "\udcff", "localhost:1234", "configs/digits.py", "configs/paper_cifar.py:learning=", "null", "()" * 300,
 ]  # fmt: skip
 OTHER = ["config", "workdir", "checkpoint", "torch_checkpoint", "output", "coordinator", "num_processes", "process_id"]
-OTHER += ["images", "top", "summary"]
+OTHER += ["images", "top", "summary", "format"]
 MODES = ["train", "evaluate", "predict", "attention", "prepare", "show_data", "import", "export", "Train", ""]
 
 

@@ -144,7 +144,10 @@ def test_from_one_codes_names_to_the_others(state):
 
 def test_a_file_of_pytorchcv_is_read_and_its_net_loads_what_is_written(state, tmp_path):
     net = pytorchcv_net(NAME)
-    torch.save({"epoch": 3, "state_dict": torch.nn.DataParallel(net).state_dict()}, tmp_path / "in.pth.tar")
+    wrapped = torch.nn.DataParallel(net)  # whose names begin with "module."
+    others = {"epoch": 3, "arch": "resattnet56", "best_acc1": torch.tensor(77.0)}
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1).state_dict()
+    torch.save({**others, "state_dict": wrapped.state_dict(), "optimizer": optimizer}, tmp_path / "in.pth.tar")
     variables = from_torch(read_torch(tmp_path / "in.pth.tar"), NAME)
     assert_equal_trees(variables, from_torch(state, NAME))
     write_torch(tmp_path / "out.pth", to_torch(variables, NAME, "pytorchcv"))

@@ -53,9 +53,9 @@ def test_what_data_workers_import_imports_no_jax():
 LAYERS = [
     ["main"],
     ["modes", "modes.*"],
-    ["classifier", "export", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
+    ["classifier", "export.*", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
-    ["augment", "state", "metrics", "run", "cli", "checksums"],
+    ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
     ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "watchdog", "errors"],
 ]

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from helpers import built, eval_stream
+from helpers import assert_same_bits, built, eval_stream
 
-from configs import digits
+import resattn_jax
+from configs import digits, imagenet_ra56
 from resattn_jax.checkpoint import Reader, Writer
 from resattn_jax.convert import read_torch, to_torch, write_torch
 from resattn_jax.errors import UsageError
@@ -13,7 +14,7 @@ from resattn_jax.experiment import create_state
 from resattn_jax.fine_tune import start_from
 from resattn_jax.models import create_model
 from resattn_jax.modes.evaluate import evaluate_checkpoint
-from resattn_jax.modes.export import export_torch
+from resattn_jax.modes.export import export_folder, export_torch
 from resattn_jax.modes.import_ import import_torch
 from resattn_jax.modes.train import train_and_evaluate
 
@@ -37,6 +38,27 @@ def cifar_net_on_digits():
     c = digits.get_config()
     c.model.name = "ra92_cifar"
     return c
+
+
+def test_an_imported_net_is_opened_and_exported_without_its_data(variables, tmp_path):
+    """ImageNet is not here: classes are called by their numbers, and the rest is as the config has it."""
+    c = imagenet_ra56.get_config()
+    c.model.name, c.data.image_size, c.data.dir = "ra92_cifar", 32, str(tmp_path)
+    colour = {**variables["params"]["stem_conv"], "kernel": np.repeat(variables["params"]["stem_conv"]["kernel"], 3, 2)}
+    variables = {**variables, "params": {**variables["params"], "stem_conv": colour}}
+    write_torch(tmp_path / "in.safetensors", to_torch(variables, "ra92_cifar"))
+    import_torch(c, tmp_path / "run", str(tmp_path / "in.safetensors"))
+    assert not (tmp_path / "run/data.json").exists()  # so that an evaluation asks the data for its classes
+    net = resattn_jax.load(tmp_path / "run")
+    assert net.labels == tuple("0123456789")
+    assert (net.spec.eval_shape, net.spec.crop_fraction) == ((32, 32, 3), 0.875)
+    np.testing.assert_array_equal(net.spec.mean, np.float32([0.485, 0.456, 0.406]))
+    export_folder(c, tmp_path / "run", "newest", tmp_path / "net", ["safetensors"])
+    assert_same_bits(dict(resattn_jax.load(tmp_path / "net").variables), variables)
+    assert "license: unknown" in (tmp_path / "net/README.md").read_text()
+    c.data.image_size = None
+    with pytest.raises(UsageError, match="imagenet2012 is not prepared in "):
+        export_folder(c, tmp_path / "run", "newest", tmp_path / "other")
 
 
 def test_an_imported_checkpoint_is_measured_and_exported_to_the_same_bits(

@@ -161,6 +161,39 @@ def describe(config: ml_collections.ConfigDict) -> DataSpec:
     return TrainingData(config).spec
 
 
+def describe_for(config: ml_collections.ConfigDict, channels: int, classes: int) -> DataSpec:
+    """The same for a net of so many channels and classes, which others may have trained, on data that is not here.
+
+    Where the data cannot be opened, a logged line says so, the classes are called by their numbers, and the rest is the
+    config's. Raises UsageError when that is not enough, or the data has another number of classes.
+    """
+    data = config.data
+    try:
+        spec = describe(config)
+    except UsageError as error:
+        if not data.image_size or data.mean_image:
+            raise
+        log.warning("%s; until then classes are called by their numbers", error)
+        shape = (data.image_size, data.image_size, channels)
+        spec = for_evaluation(
+            config,
+            DataSpec(
+                examples=0,
+                image_shape=shape,
+                eval_shape=shape,
+                class_names=tuple(map(str, range(classes))),
+                mean=_per_channel(data.mean, "mean", channels),
+                std=_per_channel(data.std, "std", channels),
+                crop_fraction=config.eval.crop_fraction,
+                resident=False,
+                exif_orientation=data.exif_orientation,
+            ),
+        )
+    if spec.num_classes != classes:
+        raise UsageError(f"{data.name} has {spec.num_classes} classes, and the net {classes}")
+    return spec
+
+
 def for_evaluation(config: ml_collections.ConfigDict, spec: DataSpec) -> DataSpec:
     """The spec with the size and the crop that config.eval asks for."""
     if spec.resident and not config.eval.image_size:
