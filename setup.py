@@ -29,7 +29,7 @@ setup(
         "numpy>=2",
         "opencv-python-headless",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12.4",  # AtomicityOptions
         "pillow",
         "rich",
         "safetensors",
@@ -41,9 +41,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
+        "gcs": ["etils[epath-gcs]"],  # workdirs in a bucket
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
-        "test": ["psutil", "pytest", "pytest-xdist"],
+        "test": ["etils[epath-gcs]", "gcp-storage-emulator", "psutil", "pytest", "pytest-xdist"],
         "lint": ["mypy", "ruff"],
     },
 )

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 
+from resattn_jax import buckets
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError, reason
 from resattn_jax.run import Run
@@ -30,11 +31,11 @@ def write_folder(folder: Run, config: ml_collections.ConfigDict, spec: DataSpec,
         for name, array in flax.traverse_util.flatten_dict(dict(variables), sep="/").items()
     }
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.make()
         folder.write("config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         folder.write_spec(spec)
         folder.write_bytes(WEIGHTS, safetensors.numpy.save(arrays))
-    except OSError as error:
+    except buckets.faults() as error:
         raise UsageError(f"{folder} cannot be written: {reason(error)}; choose another --output") from error
 
 

@@ -51,7 +51,7 @@ LAYERS = [
     ["train_step", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "errors"],
+    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "signals", "buckets", "errors"],
 ]
 
 
