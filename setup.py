@@ -29,7 +29,7 @@ setup(
         "numpy>=2",
         "opencv-python-headless",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.4",  # AtomicityOptions
+        "orbax-checkpoint>=0.12.3",  # AtomicityOptions
         "pillow",
         "rich",
         "safetensors",

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -29,7 +30,7 @@ from resattn_jax.errors import UsageError, reason
 from resattn_jax.rules import shortened
 from resattn_jax.signals import SIGNALS
 
-COMMIT_FILE = "commit_success.txt"  # Orbax's
+COMMIT_FILE, _METADATA = "commit_success.txt", "_CHECKPOINT_METADATA"  # Orbax's
 MOUNTS = pathlib.Path("/proc/mounts")
 MOUNTED = {"fuse.gcsfuse", "fuse"}  # the second is what GKE's driver for Cloud Storage FUSE calls it
 PAUSE = 1.0  # seconds: an object may be written once a second
@@ -95,6 +96,19 @@ def commits_by_file(folder: epath.Path) -> bool:
     return is_url(folder) or file_system(folder) in MOUNTED
 
 
+def committed(step: epath.Path) -> bool:
+    """Whether a checkpoint was written to its end, where `commits_by_file`."""
+    if (step / COMMIT_FILE).exists():
+        return True
+    if is_url(step):
+        return False
+    try:  # Orbax before 0.12.3 renamed the folder on a mount too, and wrote down when instead of a commit file
+        metadata = json.loads((step / _METADATA).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(metadata, dict) and metadata.get("commit_timestamp_nsecs") is not None
+
+
 def file_system(path: epath.PathLike) -> str:
     """The type of the file system that a local path lies on, as Linux names it; "" where nothing says so."""
     parts = pathlib.Path(os.path.realpath(path)).parts
@@ -119,8 +133,9 @@ def move(step: epath.Path, target: epath.Path) -> None:
 
 
 def delete(step: epath.Path) -> None:
-    """Deletes a checkpoint; from the first moment on it is none any more."""
-    (step / COMMIT_FILE).unlink(missing_ok=True)
+    """Deletes a checkpoint, which it no longer is before anything else of it goes."""
+    for name in (COMMIT_FILE, _METADATA):
+        (step / name).unlink(missing_ok=True)
     step.rmtree(missing_ok=True)
 
 

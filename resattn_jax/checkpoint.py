@@ -154,7 +154,7 @@ class Reader:
         """Whether a path is a checkpoint, written to its end: its name says so, and in a bucket its commit file."""
         if not _is_number(path.name):
             return False
-        return (path / buckets.COMMIT_FILE).exists() if self._by_file else path.is_dir()
+        return buckets.committed(path) if self._by_file else path.is_dir()
 
     def _metrics(self, step: int) -> Mapping[str, Any] | None:
         """The metrics a step was saved with; None where there are none, or they are not what was written."""
@@ -380,7 +380,8 @@ def _checkpointer(by_file: bool) -> ocp.Checkpointer:
         "metrics": ocp.JsonCheckpointHandler("metrics", multiprocessing_options=alone),
         **{item: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for item in ("progress", "checksums")},
     }
-    atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE if by_file else AtomicityMode.ATOMIC_RENAME)
+    mode = AtomicityMode.COMMIT_FILE if by_file else AtomicityMode.ATOMIC_RENAME
+    atomicity = AtomicityOptions(mode=mode, allow_legacy_atomic_rename=True)  # `_is_whole` tells what is whole
     options = ocp.CompositeOptions(multiprocessing_options=alone, atomicity_options=atomicity)
     composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
     return ocp.Checkpointer(composite, multiprocessing_options=alone, atomicity_options=atomicity)

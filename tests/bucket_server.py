@@ -1,6 +1,7 @@
 """A bucket on this machine: gcp-storage-emulator, with what it lacks of Cloud Storage and the code under test asks for.
 
-That is the precondition ifGenerationMatch=0: an object is made, unless there is one of its name.
+That is generations: a reader is told which one it has read, and a writer may say which one it means to replace, 0 for
+none (ifGenerationMatch).
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from gcp_storage_emulator.storage import Storage
 BUCKET = "bucket"
 
 
-class There(Exception):
-    """An object that was to be made is there."""
+class Mismatch(Exception):
+    """The object is of another generation than was to be replaced."""
 
 
 class Objects(Storage):
@@ -28,13 +29,13 @@ class Objects(Storage):
 
     def __init__(self):
         super().__init__(use_memory_fs=True)
-        self.on_write, self.request = lambda name: None, threading.local()
-        self._one_at_a_time = threading.Lock()
+        self.on_write, self.request = lambda name: None, threading.local()  # request: of the thread that serves it
+        self.one_at_a_time = threading.RLock()
 
     def create_file(self, bucket, name, *arguments):
-        with self._one_at_a_time:
-            if self.request.creates and self.read(name) is not None:
-                raise There
+        with self.one_at_a_time:
+            if self.request.replaces not in (None, self.generation(name)):
+                raise Mismatch
             self.on_write(name)
             super().create_file(bucket, name, *arguments)
 
@@ -42,6 +43,12 @@ class Objects(Storage):
         """What an object holds, or None."""
         with contextlib.suppress(NotFound):
             return self.get_file(BUCKET, name)
+
+    def generation(self, name):
+        try:
+            return self.get_file_obj(BUCKET, name)["generation"]
+        except NotFound:
+            return "0"
 
     def names(self, folder):
         """Of all objects in a folder, from there."""
@@ -54,19 +61,31 @@ class Handler(RequestHandler):
 
     def do_POST(self):
         query = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)
-        self.storage.request.creates = query.get("ifGenerationMatch") == ["0"]
+        self.storage.request.replaces = query.get("ifGenerationMatch", [None])[0]
         try:
             super().do_POST()
-        except There:
+        except Mismatch:
             self.send_error(HTTPStatus.PRECONDITION_FAILED)
 
     def do_PUT(self):
-        self.storage.request.creates = False
+        self.storage.request.replaces = None
         super().do_PUT()
+
+    def do_GET(self):
+        with self.storage.one_at_a_time:
+            super().do_GET()
+
+    def end_headers(self):
+        address = urllib.parse.urlparse(self.path)
+        if self.command == "GET" and "alt=media" in address.query:
+            name = urllib.parse.unquote(address.path.partition(f"/b/{BUCKET}/o/")[2])
+            self.send_header("x-goog-generation", self.storage.generation(name))
+        super().end_headers()
 
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # TensorStore opens many connections at once
 
     def handle_error(self, request, client_address):
         """A client that closes a connection early is none; the others see that theirs is closed."""
