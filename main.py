@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from resattn_jax.errors import Interrupted, RunError, UsageError
+from resattn_jax.errors import Interrupted, RunError, UsageError, reason
 from resattn_jax.signals import SIGNALS
 
 
@@ -43,6 +43,12 @@ def program() -> int:
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        from resattn_jax import buckets
+
+        if not isinstance(error, buckets.faults()[1:]):
+            raise
+        message, status = f"error: the bucket cannot be reached: {reason(error)}", 1
     print(message, file=sys.stderr)
     return status
 

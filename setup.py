@@ -32,7 +32,7 @@ setup(
         "numpy>=2",
         "opencv-python-headless",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
+        "orbax-checkpoint>=0.12.3",  # AtomicityOptions
         "pillow",
         "pyyaml",
         "rich",
@@ -45,10 +45,19 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
+        "gcs": ["etils[epath-gcs]"],  # workdirs in a bucket
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
         "onnx": ["onnx>=1.20"],
-        "test": ["onnx>=1.20", "onnxruntime>=1.20", "psutil", "pytest", "pytest-xdist"],
+        "test": [
+            "etils[epath-gcs]",
+            "gcp-storage-emulator",
+            "onnx>=1.20",
+            "onnxruntime>=1.20",
+            "psutil",
+            "pytest",
+            "pytest-xdist",
+        ],
         "lint": ["mypy", "ruff"],
     },
 )

@@ -3,11 +3,15 @@
 load: opens a trained net. create_model, model_names: the nets. Importing the package imports no JAX; using these does.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resattn_jax.classifier import Classifier, load
     from resattn_jax.models import create_model, model_names
+
+# gs:// is read and written in one way, whether TensorFlow is installed or not; etils looks at this once.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 __version__ = "0.2.0"
 __all__ = ["Classifier", "create_model", "load", "model_names"]

@@ -7,6 +7,9 @@ from what was to be written). Measuring or fine-tuning reads the first two alone
 The state is the same on every device, so the first host writes it by itself, in a thread of its own, and every host
 reads for itself: no host waits for another. What was written is read again before it counts, and only then do older
 checkpoints go. A checkpoint that cannot be read is no end: the run goes on from the one before.
+
+On a disk a checkpoint is written under another name and gets its own when it is whole. In a bucket, mounted or not, it
+is written where it stays and is one once it holds the commit file; `buckets` knows which is which.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.options import MultiprocessingOptions
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions, MultiprocessingOptions
 
+from resattn_jax import buckets
 from resattn_jax.checksums import Damaged, check_finite, checksums, compare, json_checksum, named
 from resattn_jax.errors import RunError, UsageError, reason
 from resattn_jax.metrics import by_rank
@@ -47,10 +51,14 @@ class Reader:
 
     def __init__(self, folder: epath.PathLike, say: Callable[[str], None] = print):
         """Raises UsageError when there is no such folder."""
-        self.folder, self._say = epath.Path(folder).absolute(), say  # Orbax takes no relative path
+        self.folder, self._say = buckets.absolute(epath.Path(folder)), say  # Orbax takes no relative path
         if not self.folder.is_dir():
             raise self._nothing()
-        self._checkpointer, self._plain = _checkpointer(), _plain_name(self.folder)
+        self._open()
+
+    def _open(self) -> None:
+        self._by_file = buckets.commits_by_file(self.folder)
+        self._checkpointer, self._plain = _checkpointer(self._by_file), _plain_name(self.folder)
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +69,8 @@ class Reader:
     def steps(self) -> list[int]:
         """The steps there is a checkpoint of, in order."""
         try:
-            return sorted(int(path.name) for path in self.folder.iterdir() if _is_step(path))
-        except OSError as error:
+            return sorted(int(path.name) for path in buckets.listed(self.folder) if self._is_whole(path))
+        except buckets.faults() as error:
             raise UsageError(f"{self.folder} cannot be read: {reason(error)}") from error
 
     def find(self, which: str, *, or_newest: bool = False) -> list[int]:
@@ -81,7 +89,7 @@ class Reader:
             if not ranked and not or_newest:
                 raise UsageError(f"no checkpoint in {self.folder} was evaluated, so none is the best")
             return ranked or steps[::-1]
-        if not (which.isascii() and which.isdigit()) or int(which) not in steps:
+        if not _is_number(which) or int(which) not in steps:
             there = ", ".join(map(str, steps))
             raise UsageError(f"there is no checkpoint {which!r} in {self.folder}; there are newest, best, {there}")
         return [int(which)]
@@ -141,6 +149,12 @@ class Reader:
     def eval_variables(self, which: str, *, or_newest: bool = False) -> tuple[int, dict[str, Any]]:
         """The step that `find` gives and what is measured of it, NumPy arrays; another stands in for a damaged one."""
         return self.first_readable(self.find(which, or_newest=or_newest), self.read_eval_variables)
+
+    def _is_whole(self, path: epath.Path) -> bool:
+        """Whether a path is a checkpoint, written to its end: its name says so, and in a bucket its commit file."""
+        if not _is_number(path.name):
+            return False
+        return buckets.committed(path) if self._by_file else path.is_dir()
 
     def _metrics(self, step: int) -> Mapping[str, Any] | None:
         """The metrics a step was saved with; None where there are none, or they are not what was written."""
@@ -234,21 +248,23 @@ class Writer(Reader):
         keep_newest: int = 2,
         keep_best: int = 1,
         say: Callable[[str], None] = print,
+        before: Callable[[], None] = lambda: None,
     ):
-        """Raises UsageError when the folder cannot be made."""
-        self.folder, self._say = epath.Path(folder).absolute(), say
+        """Raises UsageError when the folder cannot be made. before: called ahead of each save, in its thread."""
+        self.folder, self._say, self._before = buckets.absolute(epath.Path(folder)), say, before
         self._keep = keep_newest, keep_best
         self._active = jax.process_index() == 0
         self._thread: threading.Thread | None = None
         self.saved: int | None = None  # the newest step that was written and read again
         self.failure = ""  # why the last save failed
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not buckets.is_url(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._open()
             if self._active:
                 self._remove_leftovers(say)
-        except OSError as error:
+        except buckets.faults() as error:
             raise UsageError(f"{self.folder} cannot be used: {reason(error)}; choose another --workdir") from error
-        self._checkpointer, self._plain = _checkpointer(), _plain_name(self.folder)
 
     def __exit__(self, *_: object) -> None:
         self.wait()
@@ -301,6 +317,7 @@ class Writer(Reader):
     ) -> None:
         """Runs in the thread: write, read again, then let older checkpoints go."""
         try:
+            self._before()
             if step not in self.steps():
                 sums = _sums({**arrays, **plain, "metrics": metrics})
                 args = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
@@ -311,19 +328,20 @@ class Writer(Reader):
         except Exception as error:
             self.failure = f"the checkpoint of step {step} could not be written: {_short(error)}"
             self._say(f"{self.failure}; training goes on, and the next one is tried")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*buckets.faults()):
+                self._remove_leftovers(lambda _: None)
                 if (self.folder / str(step)).exists():
                     self._rename(step, "damaged")
-                self._remove_leftovers(lambda _: None)
         else:
             self.saved = step
-            with contextlib.suppress(OSError):  # what cannot be deleted now is tried again after the next save
+            with contextlib.suppress(*buckets.faults()):  # what cannot go now is tried again after the next save
                 self._prune()
 
     def _remove_leftovers(self, say: Callable[[str], None]) -> None:
         """Removes what a save or a deletion left that was cut off."""
-        for path in self.folder.iterdir():
-            if _CUT_OFF.search(path.name):
+        for path in buckets.listed(self.folder):
+            cut_off = self._by_file and _is_number(path.name) and not self._is_whole(path)
+            if cut_off or _CUT_OFF.search(path.name):
                 say(f"{path.name}: what a process left that was ended is removed")
                 path.rmtree(missing_ok=True)
 
@@ -333,22 +351,28 @@ class Writer(Reader):
         newest, best = self._keep
         kept = {*sorted(infos)[-newest:], *by_rank(infos)[:best]}
         for step in infos.keys() - kept:
-            self._rename(step, "deleted").rmtree()
+            if self._by_file:
+                buckets.delete(self.folder / str(step))
+            else:
+                self._rename(step, "deleted").rmtree()
 
     def _rename(self, step: int, why: str) -> epath.Path:
         """Gives a step's folder a name that is no step's. Returns the new path."""
         for number in range(1000):
             path = self.folder / f"{step}.{why}{number or ''}"
             if not path.exists():
-                return (self.folder / str(step)).rename(path)
+                if not self._by_file:
+                    return (self.folder / str(step)).rename(path)
+                buckets.move(self.folder / str(step), path)
+                return path
         raise OSError(f"{path} and those before are there already")
 
 
 # ---- Orbax.
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    """Orbax's, for this host alone: no host waits for another."""
+def _checkpointer(by_file: bool) -> ocp.Checkpointer:
+    """Orbax's, for this host alone: no host waits for another. by_file: a checkpoint counts by its commit file."""
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}")
     handlers: dict[str, Any] = {
@@ -356,9 +380,11 @@ def _checkpointer() -> ocp.Checkpointer:
         "metrics": ocp.JsonCheckpointHandler("metrics", multiprocessing_options=alone),
         **{item: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for item in ("progress", "checksums")},
     }
-    options = ocp.CompositeOptions(multiprocessing_options=alone)
+    mode = AtomicityMode.COMMIT_FILE if by_file else AtomicityMode.ATOMIC_RENAME
+    atomicity = AtomicityOptions(mode=mode, allow_legacy_atomic_rename=True)  # `_is_whole` tells what is whole
+    options = ocp.CompositeOptions(multiprocessing_options=alone, atomicity_options=atomicity)
     composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
-    return ocp.Checkpointer(composite, multiprocessing_options=alone)
+    return ocp.Checkpointer(composite, multiprocessing_options=alone, atomicity_options=atomicity)
 
 
 def _plain_name(folder: epath.Path) -> epath.Path:
@@ -366,7 +392,7 @@ def _plain_name(folder: epath.Path) -> epath.Path:
 
     Raises UsageError where there is no plain folder for the link.
     """
-    if "://" in str(folder) or re.fullmatch(r"[\w./ +,=@~^-]+", str(folder), re.ASCII):
+    if buckets.is_url(folder) or re.fullmatch(r"[\w./ +,=@~^-]+", str(folder), re.ASCII):
         return folder
     name = hashlib.blake2b(os.fsencode(folder), digest_size=12).hexdigest()
     for place in dict.fromkeys([tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]):
@@ -385,11 +411,8 @@ def _plain_name(folder: epath.Path) -> epath.Path:
     raise UsageError(f"checkpoints cannot be kept in {folder} because of its name; choose another --workdir")
 
 
-def _is_step(path: epath.Path) -> bool:
-    """Whether a path is a checkpoint's folder, whole by its name; in a bucket, by its commit file."""
-    if not (path.name.isascii() and path.name.isdigit() and path.is_dir()):
-        return False
-    return "://" not in str(path) or (path / "commit_success.txt").exists()
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 def _template(leaf: Any) -> np.ndarray:

@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 from absl import app, flags
 
+from resattn_jax import buckets
 from resattn_jax.config import OF_THE_NET, changed, check, check_keys, check_values, compare, no_such_key, resolve_total
 from resattn_jax.errors import UsageError, nearest, reason
 from resattn_jax.export import FILES
@@ -87,13 +88,13 @@ flags.DEFINE_string(
     "config", None, f"The recipe; override a value with --config.key=value. Default: the run's, or {DEFAULT_CONFIG}."
 )
 flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {mode.what}" for name, mode in MODES.items()) + ".")
-flags.DEFINE_string("workdir", None, "Where the run lies. Default: runs/NAME for configs/NAME.py.")
+flags.DEFINE_string("workdir", None, "Where the run lies: a folder or gs://BUCKET/FOLDER. Default: runs/NAME.")
 flags.DEFINE_string("checkpoint", "newest", "Which one to measure, use or export: newest, best (by top-1), or a step.")
 flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
 flags.DEFINE_string(
     "output",
     None,
-    "What is written: of export the folder, which `resattn_jax.load` opens; of attention the folder of the page, by"
+    "What is written: of export the folder or gs://BUCKET/FOLDER, which `resattn_jax.load` opens; of attention the folder of the page, by"
     " default WORKDIR/attention; of predict the file, .csv, .jsonl or .parquet.",
 )
 flags.DEFINE_multi_string(
@@ -288,7 +289,9 @@ def _path(flag: str) -> str | None:
         return None
     path, named = os.path.expanduser(given), f"--{flag}={shortened(given)}"
     if "://" in path:
-        raise UsageError(f"{named} is no path; mount the bucket and name that folder")
+        if flag == "torch_checkpoint":
+            raise UsageError(f"{named} is no path; PyTorch's files are read and written on the local disk")
+        return str(buckets.opened(path))
     if not path.strip() or path.startswith("~"):
         raise UsageError(f"{named} is no path; write one, in which ~ is your home folder")
     try:

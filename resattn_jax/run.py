@@ -12,7 +12,8 @@ It owns every file in the workdir:
     checkpoints/      what `checkpoint` writes
     lock              who is writing
 
-A file is written whole or not at all.
+A file is written whole or not at all. In a bucket (gs://) metrics.jsonl and TensorBoard's events are copies of files on
+the local disk, made anew each time that something was logged.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import fcntl
 import json
 import math
 import os
+import pathlib
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -31,17 +33,20 @@ from typing import Any
 import ml_collections
 from etils import epath
 
+from resattn_jax import buckets
 from resattn_jax.config import compare, from_plain
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.errors import RunError, UsageError, reason
 
 
 class Run:
-    """The files of one workdir. Opening it reads nothing; `~` is the home folder."""
+    """The files of one workdir, a folder or gs://BUCKET/FOLDER. Opening it reads nothing; `~` is the home folder."""
 
     def __init__(self, workdir: epath.PathLike):
-        self.path = epath.Path(workdir).expanduser()
+        """Raises UsageError for an address that cannot be worked with."""
+        self.path = buckets.opened(workdir)
         self.checkpoints = self.path / "checkpoints"
+        self._uploads: buckets.Uploads | None = None  # while a bucket is written
 
     def __str__(self) -> str:
         return str(self.path)
@@ -68,8 +73,8 @@ class Run:
         """The classes it was trained on, by label; None where no run has begun."""
         if spec := self.spec:
             return spec.class_names
-        path = self.path / "classes.txt"
-        return tuple(_read(path).splitlines()) if path.exists() else None
+        names = _read(self.path / "classes.txt")
+        return None if names is None else tuple(names.splitlines())
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -114,14 +119,22 @@ class Run:
         with contextlib.ExitStack() as stack:
             if first_host:
                 try:
-                    self.path.mkdir(parents=True, exist_ok=True)
+                    self.make()
                     stack.enter_context(self._lock())
                     self.write("config.json", json.dumps(config.to_dict(), indent=2) + "\n")
                     if spec:
                         self.write_spec(spec)
-                except OSError as error:
+                    if buckets.is_url(self.path):
+                        self._uploads = stack.enter_context(buckets.Uploads(self.path))
+                except buckets.faults() as error:
                     raise UsageError(f"{self} cannot be written: {reason(error)}; choose another --workdir") from error
             yield notes
+        self._uploads = None
+
+    def make(self) -> None:
+        """Makes the folder; a bucket has none to be made. Raises OSError."""
+        if not buckets.is_url(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def compare(self, config: ml_collections.ConfigDict) -> list[str]:
         """Sentences about what differs from the run's config and may. Raises UsageError for what may not."""
@@ -138,7 +151,9 @@ class Run:
         self.write_bytes(name, content.encode("utf-8", "surrogateescape"))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes one file, whole or not at all. Raises OSError."""
+        """Writes one file, whole or not at all. Raises what `buckets.faults` lists, on a disk OSError alone."""
+        if buckets.is_url(self.path):
+            return buckets.write(self.path / name, content)
         temporary = self.path / f".{name}.tmp"
         temporary.write_bytes(content)
         temporary.replace(self.path / name)
@@ -147,31 +162,48 @@ class Run:
         """Raises RunError when it cannot be written."""
         try:
             self.write("result.json", json.dumps(result, indent=2) + "\n")
-        except OSError as error:
+        except buckets.faults() as error:
             raise RunError(f"{self.path / 'result.json'} cannot be written: {reason(error)}") from error
 
+    @property
+    def logs(self) -> epath.Path:
+        """Where metrics.jsonl and TensorBoard's events grow: the workdir, or a folder that is copied to it."""
+        return epath.Path(self._uploads.folder) if self._uploads else self.path
+
     def log(self, row: dict[str, Any], name: str = "metrics.jsonl") -> None:
-        """Appends a row with a "step" to a file of rows."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        """Appends a row with a "step" to a file of rows. In a bucket `logged` has to follow."""
+        with (self.logs / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def logged(self) -> None:
+        """Begins to copy what was logged to where it belongs, and returns."""
+        if self._uploads:
+            self._uploads.begin()
+
+    def settle_logs(self) -> None:
+        """Returns when what was logged is where it belongs."""
+        if self._uploads:
+            self._uploads.wait()
 
     def forget_after(self, step: int) -> None:
         """Takes what was logged after `step` out of the files: the run goes on from there and logs it again."""
         for name in ("metrics.jsonl", "not_finite.jsonl"):
-            if (self.path / name).exists():
-                kept = [row for row in self._rows(name) if _step(row) <= step]
-                self.write(name, "".join(json.dumps(row) + "\n" for row in kept))
+            if _read(self.path / name) is not None:
+                kept = "".join(json.dumps(row) + "\n" for row in self._rows(name) if _step(row) <= step)
+                self.write(name, kept)
+                if self._uploads:
+                    (self.logs / name).write_text(kept)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """Keeps other processes from writing; the system ends the lock with the process, however that ends.
 
-        Raises UsageError naming who has it. A file system without locks, such as a bucket, has none.
+        Raises UsageError naming who has it. A file system without locks has none. In a bucket the lock is an object,
+        which processes of other hosts look at, and a file of this host for those of its own.
         """
-        if "://" in str(self.path):
-            yield
-            return
-        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+        bucket = buckets.is_url(self.path)
+        path = pathlib.Path(buckets.local_lock(self.path) if bucket else self.path / "lock")
+        with path.open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -182,29 +214,34 @@ class Run:
                 pass
             file.truncate(0)
             since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+            user = f" of user {os.getuid()}" if bucket else ""
+            who = f"process {os.getpid()}{user} on {socket.gethostname()} since {since}\n"
+            file.write(who)
             file.flush()
-            yield
+            with buckets.claimed(self.path / "lock", who) if bucket else contextlib.nullcontext():
+                yield
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
-        path = self.path / name
-        rows = map(_parsed, _read(path).splitlines()) if path.exists() else ()
+        rows = map(_parsed, (_read(self.path / name) or "").splitlines())
         return [row for row in rows if row is not None]
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        if not path.exists():
+        text = _read(self.path / name)
+        if text is None:
             return None
-        plain = _parsed(_read(path))
+        plain = _parsed(text)
         if plain is None:
-            raise UsageError(f"{path} is damaged: it holds no JSON object")
+            raise UsageError(f"{self.path / name} is damaged: it holds no JSON object")
         return plain
 
 
-def _read(path: epath.Path) -> str:
+def _read(path: epath.Path) -> str | None:
+    """What a file holds; None where there is none, and only there: a bucket may be out of reach."""
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for what can be no name
+        return None
+    except buckets.faults() as error:
         raise UsageError(f"{path} cannot be read: {reason(error)}") from error
 
 

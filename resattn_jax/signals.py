@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -27,6 +27,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._held = self._catching = False
+        self.at_end: list[Callable[[], object]] = []  # what to do before a signal ends the process, for 2 s at most
 
     def catch(self) -> None:
         """Catches the signals to the end of the process, also those that `block` kept. Call it in the main thread."""
@@ -81,9 +82,10 @@ class Signals:
 
 def _end(number: int, line: str) -> None:
     """Ends the process, from a thread, with what was printed and a line."""
-    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flushing.start()
-    flushing.join(1)  # unless whoever should read it does not
+    for do, seconds in [(sys.stdout.flush, 1), *((do, 2) for do in SIGNALS.at_end)]:
+        doing = threading.Thread(target=do, daemon=True)
+        doing.start()
+        doing.join(seconds)  # unless whoever should read the output does not
     os.write(2, f"{line}\n".encode())
     os._exit(128 + number)
 

@@ -11,6 +11,7 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
+from resattn_jax import buckets
 from resattn_jax.convert import encode_torch, to_torch
 from resattn_jax.errors import UsageError, reason
 from resattn_jax.export import FILES
@@ -37,14 +38,14 @@ def write_folder(folder: Run, net: TrainedNet, formats: Collection[str] = ()) ->
     files["preprocessing.json"] = (json.dumps(preprocessing(net), indent=2) + "\n").encode()
     files["README.md"] = model_card(net, formats).encode()
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.make()
         folder.write("config.json", json.dumps(net.config.to_dict(), indent=2) + "\n")
         folder.write_spec(net.spec)
         for name, content in files.items():
             folder.write_bytes(name, content)
         for name in set(FILES.values()) - files.keys():
             (folder.path / name).unlink(missing_ok=True)
-    except OSError as error:
+    except buckets.faults() as error:
         raise UsageError(f"{folder} cannot be written: {reason(error)}; choose another --output") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from typing import Any
 
@@ -68,9 +69,10 @@ def write_contact_sheet(
     pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)[:IMAGES]
     if jax.process_index() == 0:
         captions = [_caption(target, names, config.label_smoothing) for target in targets[:IMAGES]]
-        run.path.mkdir(parents=True, exist_ok=True)
-        with (run.path / "data.png").open("wb") as file:
-            _draw(pixels, captions).save(file, "PNG")
+        file = io.BytesIO()
+        _draw(pixels, captions).save(file, "PNG")
+        run.make()
+        run.write_bytes("data.png", file.getvalue())
     return run.path / "data.png"
 
 

@@ -76,7 +76,7 @@ def train_and_evaluate(
         run.writing(config, data.spec, first_host=jax.process_index() == 0) as notes,
         runtime.device_faults(_memory_advice(config, experiment)),
         Report(run, experiment.durations.total) as report,
-        Writer(run.checkpoints, **keep, say=report.say) as checkpoints,
+        Writer(run.checkpoints, **keep, say=report.say, before=run.settle_logs) as checkpoints,
         contextlib.closing(train),
         Watchdog(60 * config.watchdog_minutes) as watchdog,
     ):

@@ -63,7 +63,7 @@ class Report:
         """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes."""
         if self._active:
             self._run.forget_after(step)
-            self._events = tensorboardX.SummaryWriter(str(self._run.path), purge_step=step + 1)
+            self._events = tensorboardX.SummaryWriter(str(self._run.logs), purge_step=step + 1)
             self._progress.update(self._task, completed=step)
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
@@ -85,6 +85,7 @@ class Report:
         for name, value in numbers.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
         self._events.flush()
+        self._run.logged()
         if split != "train" or not self._console.is_terminal:
             shown = "  ".join(f"{name} {_FORMATS.get(name, '{:.4g}').format(v)}" for name, v in numbers.items())
             self.say(f"step {step}/{self._total}  {split}:  {shown}")
