@@ -14,7 +14,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
-    package_data={"resattn_jax": ["py.typed"]},
+    package_data={"resattn_jax": ["py.typed", "weights/**"]},
+    entry_points={"console_scripts": ["resattn_jax = resattn_jax.__main__:program"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -45,5 +46,6 @@ setup(
         "torch": ["torch>=2.13"],
         "test": ["psutil", "pytest", "pytest-xdist"],
         "lint": ["mypy", "ruff"],
+        "package": ["build"],
     },
 )

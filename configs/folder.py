@@ -9,7 +9,7 @@ ImageNet with --config.init_from=WORKDIR and a lower --config.schedule.learning_
 
 import ml_collections
 
-from configs import default, imagenet_ra56
+from resattn_jax.configs import default, imagenet_ra56
 
 
 def get_config() -> ml_collections.ConfigDict:

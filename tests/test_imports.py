@@ -46,6 +46,7 @@ def test_what_data_workers_import_imports_no_jax():
 # From top to bottom. A module imports from its own layer and from those below.
 LAYERS = [
     ["main"],
+    ["__main__"],
     ["modes", "modes.*"],
     ["classifier", "export", "fine_tune", "report", "report.*", "experiment"],
     ["train_step", "checkpoint", "optimizer"],
