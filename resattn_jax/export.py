@@ -18,15 +18,21 @@ from resattn_jax.run import Run
 WEIGHTS = "model.safetensors"
 
 
-def write_folder(folder: Run, config: ml_collections.ConfigDict, spec: DataSpec, variables: Mapping[str, Any]) -> None:
-    """Writes model.safetensors (float32, our names, such as params/stem_conv/kernel), config.json, data.json, classes.
+def write_folder(
+    folder: Run,
+    config: ml_collections.ConfigDict,
+    spec: DataSpec,
+    variables: Mapping[str, Any],
+    dtype: type[np.floating[Any]] = np.float32,
+) -> None:
+    """Writes model.safetensors (our names, such as params/stem_conv/kernel), config.json, data.json, classes.
 
     Raises UsageError when the folder is a run's workdir or cannot be written.
     """
     if folder.checkpoints.exists():
         raise UsageError(f"{folder} is the workdir of a run; choose another --output")
     arrays = {
-        name: np.ascontiguousarray(array)
+        name: np.ascontiguousarray(array, dtype)
         for name, array in flax.traverse_util.flatten_dict(dict(variables), sep="/").items()
     }
     try:
@@ -39,9 +45,12 @@ def write_folder(folder: Run, config: ml_collections.ConfigDict, spec: DataSpec,
 
 
 def read_weights(folder: Run) -> dict[str, Any]:
-    """The variables in a folder that `write_folder` wrote. Raises UsageError when the file is damaged."""
+    """The variables in a folder that `write_folder` wrote, in float32. Raises UsageError when the file is damaged."""
     path = folder.path / WEIGHTS
     try:
-        return flax.traverse_util.unflatten_dict(safetensors.numpy.load(path.read_bytes()), sep="/")
+        arrays = {
+            name: np.asarray(array, np.float32) for name, array in safetensors.numpy.load(path.read_bytes()).items()
+        }
+        return flax.traverse_util.unflatten_dict(arrays, sep="/")
     except Exception as error:  # safetensors raises a kind of its own, and whatever reading does
         raise UsageError(f"{path} cannot be read: {reason(error)}") from error

@@ -48,7 +48,7 @@ LAYERS = [
     ["main"],
     ["__main__"],
     ["modes", "modes.*"],
-    ["classifier", "export", "fine_tune", "report", "report.*", "experiment"],
+    ["classifier", "export", "on_board", "fine_tune", "report", "report.*", "experiment"],
     ["train_step", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums"],
     ["data", "data.*"],
