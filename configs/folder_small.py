@@ -1,7 +1,8 @@
 """Your own pictures on a laptop: as folder, with a small net at 48 pixels.
 
-python main.py --config=configs/folder_small.py:DIR
+    python main.py --config=configs/folder_small.py:DIR
 
+On 2 shared CPU cores it trains 20 images/s, at which 30 epochs of 310 photographs are 8 minutes.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
 """Every command and every Python block of README.md and docs/ does what it says, as far as it can be done here.
 
-Commands run in this process, cut short to two steps of a part of ra_tiny. All pages share a folder, so that a run is trained
-once; the Python blocks of a page share their names. What comes after `<!-- needs: … -->` needs what is not here,
-hardware, a download or minutes: its command lines are read and not run.
+Commands run in this process, cut short to two steps of a part of ra_tiny. All pages share a folder, so that a run is
+trained once; the Python blocks of a page share their names. What comes after `<!-- needs: … -->` needs what is not
+here, hardware, a download or minutes: its command lines are read and not run.
 """
 
 import json
