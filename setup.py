@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 INIT = (HERE / "resattn_jax/__init__.py").read_text(encoding="utf-8")
+NOTEBOOK = ["ipykernel", "matplotlib", "nbclient"]
 
 setup(
     name="resattn_jax",
@@ -44,7 +45,8 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
-        "test": ["psutil", "pytest", "pytest-xdist"],
+        "notebook": NOTEBOOK,
+        "test": ["markdown-it-py", "psutil", "pytest", "pytest-xdist", *NOTEBOOK],
         "lint": ["mypy", "ruff"],
         "package": ["build"],
     },
