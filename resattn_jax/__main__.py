@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
 
 def program() -> int:
     """Runs `main` as the whole of this process and returns the exit status; a fault is one line."""
+    sys.modules["__main__"].__doc__ = __doc__  # what --help begins with
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for names that the terminal has no letters for
