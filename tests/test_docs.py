@@ -1,6 +1,6 @@
 """Every command and every Python block of README.md and docs/ does what it says, as far as it can be done here.
 
-Commands run in this process, cut short to two steps of a net of one module. All pages share a folder, so that a run is
+Commands run in this process, cut short to two steps of a small net. All pages share a folder, so that a run is
 trained once; the Python blocks of a page share their names. What comes after `<!-- needs: … -->` needs what is not
 here, hardware, a download or minutes: its command lines are read and not run.
 """
@@ -26,7 +26,8 @@ from resattn_jax.models.nets import NETS, Spec, Stage, Stem
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["--config.total_steps=2", "--config.schedule.warmup=0 steps", "--config.model.name=ra56_cifar_slim"]
-MICRO = Spec(stem=Stem(8, 3), stages=(Stage(16, modules=1, depth=1, stride=2),), p=0, t=1, last=0)  # goes by that name
+STAGES = (Stage(8, modules=1, depth=1, stride=1), Stage(16, modules=1, depth=1, stride=2))
+MICRO = Spec(stem=Stem(8, 3), stages=STAGES, p=0, t=1, last=0)  # goes by that name
 PICTURES = ["--config.data.image_size=16", "--config.batch_size=8", "--config.eval.batch_size=8"]
 
 # Stands for every program: writes down how it was called.
