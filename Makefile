@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint torch constraints clean
+.PHONY: demo test lint package torch constraints clean
 
 demo: .venv/installed  ## trains on a data set that is on board and prints the accuracy
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
@@ -16,11 +16,14 @@ lint: .venv/installed-lint  ## style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+package: .venv/installed-package  ## sdist and wheel, and the wheel in an environment of its own
+	.ci/wheel
+
 torch: .venv/installed-torch .venv/installed-pytorchcv  ## installs PyTorch, so that `make test` compares with it
 
 constraints:  ## newest versions into constraints.txt (needs uv)
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
-	    --extra prepare --extra test --extra lint setup.py --output-file constraints.txt
+	    --extra prepare --extra test --extra lint --extra package setup.py --output-file constraints.txt
 	printf '%s\n' torch==2.13.0 pytorchcv==0.0.74 >> constraints.txt
 
 clean:

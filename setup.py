@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 INIT = (HERE / "resattn_jax/__init__.py").read_text(encoding="utf-8")
+NOTEBOOK = ["ipykernel", "nbclient"]
 
 setup(
     name="resattn_jax",
@@ -14,7 +15,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
-    package_data={"resattn_jax": ["py.typed", "report/templates/*.html"]},
+    package_data={"resattn_jax": ["py.typed", "report/templates/*.html", "weights/**"]},
+    entry_points={"console_scripts": ["resattn_jax = resattn_jax.__main__:program"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -49,15 +51,19 @@ setup(
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
         "onnx": ["onnx>=1.20"],
+        "notebook": NOTEBOOK,
         "test": [
             "etils[epath-gcs]",
             "gcp-storage-emulator",
+            "markdown-it-py",
             "onnx>=1.20",
             "onnxruntime>=1.20",
             "psutil",
             "pytest",
             "pytest-xdist",
+            *NOTEBOOK,
         ],
         "lint": ["mypy", "ruff"],
+        "package": ["build"],
     },
 )

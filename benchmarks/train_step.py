@@ -91,7 +91,7 @@ class Worker:
     """An implementation in a process of its own, which compiles at once and then waits for its turns."""
 
     def __init__(self, name: str, batch: int, args: argparse.Namespace):
-        from resattn_jax.cli import LARGE_PAGES
+        from resattn_jax.__main__ import LARGE_PAGES
 
         self.name, self.batch = name, batch
         command = [sys.executable, "-m", "benchmarks.train_step", "--only", name, "--net", args.net]

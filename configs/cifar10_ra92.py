@@ -7,7 +7,7 @@ That figure is of the best epoch on the test set. Ours: not run yet.
 
 import ml_collections
 
-from configs import default
+from resattn_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ images (Goyal et al., 2017). The last epochs see the images unmixed.
 
 import ml_collections
 
-from configs import default
+from resattn_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

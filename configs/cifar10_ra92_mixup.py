@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs import cifar10_ra92
+from resattn_jax.configs import cifar10_ra92
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ make demo        (python main.py --config=configs/digits.py)
 
 import ml_collections
 
-from configs import default
+from resattn_jax.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,24 +1,31 @@
-"""Your own pictures: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP; "test" will do for "val").
+"""Your own pictures: DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg (JPEG, PNG, WebP and others).
 
-    python main.py --config=configs/folder.py --config.data.name=folder:DIR
+    python main.py --config=configs/folder.py:DIR
 
-With DIR/train alone: --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'. Look first at what
-the net will see: --mode=show_data. A few thousand pictures are too few to start from nothing: give weights of
-ImageNet with --config.init_from=WORKDIR and a lower --config.schedule.learning_rate.
+Without DIR/val (or "valid", "validation", "dev", "test") a fifth of the pictures is held out. Look first at what the
+net will see: --mode=show_data. This is for a GPU and some ten thousand pictures; folder_small is for a laptop. Fewer
+are too few to start from nothing: give weights of ImageNet with --config.init_from=WORKDIR and a lower
+--config.schedule.learning_rate.
 """
+
+import pathlib
 
 import ml_collections
 
-from configs import default, imagenet_ra56
+from resattn_jax.configs import default, imagenet_ra56
+
+HELD_OUT = ("val", "valid", "validation", "dev", "test")
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(folder: str | None = None) -> ml_collections.ConfigDict:
     c = default.get_config()
     c.batch_size = 64
     c.total_epochs = 90.0
     c.model.name = "ra56"
-    c.data.name = "folder:data"
+    c.data.name = f"folder:{folder or 'data'}"
     c.data.eval_split = "val"
+    if folder and not any((pathlib.Path(folder).expanduser() / name).is_dir() for name in HELD_OUT):
+        c.data.train_split, c.data.eval_split = "train[:80%]", "train[80%:]"
     c.data.image_size = 224
     c.data.mean, c.data.std = imagenet_ra56.MEAN, imagenet_ra56.STD
     c.augment.random_resized_crop = True

@@ -9,7 +9,7 @@ Ours: not run yet. `--mode=prepare` turns the two archives of ImageNet into what
 
 import ml_collections
 
-from configs import default
+from resattn_jax.configs import default
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pixels, as published nets have them
 

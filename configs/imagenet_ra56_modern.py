@@ -7,7 +7,7 @@
 
 import ml_collections
 
-from configs import imagenet_ra56
+from resattn_jax.configs import imagenet_ra56
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@ Trained at 224, measured at 320. What the paper leaves out is filled in as in im
 
 import ml_collections
 
-from configs import imagenet_ra56
+from resattn_jax.configs import imagenet_ra56
 
 
 def get_config() -> ml_collections.ConfigDict:

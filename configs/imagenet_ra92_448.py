@@ -7,7 +7,7 @@ Nobody has published a figure for it. What the paper leaves out is filled in as 
 
 import ml_collections
 
-from configs import imagenet_ra56
+from resattn_jax.configs import imagenet_ra56
 
 
 def get_config() -> ml_collections.ConfigDict:

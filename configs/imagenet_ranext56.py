@@ -7,7 +7,7 @@ What the paper leaves out is filled in as in imagenet_ra56. Ours: not run yet.
 
 import ml_collections
 
-from configs import imagenet_ra56
+from resattn_jax.configs import imagenet_ra56
 
 
 def get_config() -> ml_collections.ConfigDict:

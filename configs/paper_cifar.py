@@ -15,7 +15,7 @@ zero-padded by 4, random crop, flip, per-pixel mean subtracted; He initialisatio
 
 import ml_collections
 
-from configs import default
+from resattn_jax.configs import default
 
 OPTIONS = ("data", "net", "learning", "attention", "mask", "noise")
 

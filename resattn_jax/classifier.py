@@ -29,6 +29,7 @@ from resattn_jax.errors import UsageError, nearest, printable, reason
 from resattn_jax.experiment import Experiment, build
 from resattn_jax.export.folder import WEIGHTS, read_weights
 from resattn_jax.intermediates import attention_modules, maps
+from resattn_jax.on_board import find
 from resattn_jax.run import Run
 from resattn_jax.train_step import predict
 
@@ -293,10 +294,13 @@ class Classifier:
 def load(path: epath.PathLike, checkpoint: str = "best") -> Classifier:
     """Opens a trained net.
 
-    path: the workdir of a run, or a folder that --mode=export --output wrote. checkpoint: of a run, "best" by top-1
-    (the newest where none was measured), "newest" or a step. Raises UsageError when there is no such net.
+    path: the workdir of a run, a folder that --mode=export --output wrote, or, where there is no such folder, the name
+    of a net on board, such as "digits/ra_tiny" (`pretrained` lists them). checkpoint: of a run, "best" by top-1 (the
+    newest where none was measured), "newest" or a step. Raises UsageError when there is no such net.
     """
     run = Run(path)
+    if not run.path.exists():
+        run = find(path)
     config = run.config
     if config is None:
         raise UsageError(f"{run} holds no config.json: it is no workdir of a run, and no exported net")

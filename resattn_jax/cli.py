@@ -6,6 +6,7 @@ Nothing here imports JAX, so that a mistake is told at once.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
@@ -25,14 +26,12 @@ from resattn_jax.errors import UsageError, nearest, reason
 from resattn_jax.export import FILES
 from resattn_jax.rules import RULES, shortened, shown
 from resattn_jax.run import Run
-from resattn_jax.signals import SIGNALS
 
 BEGAN = time.perf_counter()
 
-ROOT = pathlib.Path(__file__).parents[1]
-DEFAULT_CONFIG = "configs/digits.py"
+RECIPES = pathlib.Path(__file__).parent / "configs"  # in the repository a link to configs/
+DEFAULT_CONFIG = "digits"
 _MOST = 1 << 20  # processes
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +84,22 @@ MODES = {
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
-    "config", None, f"The recipe; override a value with --config.key=value. Default: the run's, or {DEFAULT_CONFIG}."
+    "config",
+    None,
+    f"The recipe, a file or a name on board; override a value with --config.key=value. Default: the run's, or "
+    f"{DEFAULT_CONFIG}.",
 )
 flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {mode.what}" for name, mode in MODES.items()) + ".")
-flags.DEFINE_string("workdir", None, "Where the run lies: a folder or gs://BUCKET/FOLDER. Default: runs/NAME.")
+flags.DEFINE_string(
+    "workdir", None, "Where the run lies: a folder or gs://BUCKET/FOLDER. Default: runs/NAME for the recipe NAME."
+)
 flags.DEFINE_string("checkpoint", "newest", "Which one to measure, use or export: newest, best (by top-1), or a step.")
 flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
 flags.DEFINE_string(
     "output",
     None,
-    "What is written: of export the folder or gs://BUCKET/FOLDER, which `resattn_jax.load` opens; of attention the folder of the page, by"
-    " default WORKDIR/attention; of predict the file, .csv, .jsonl or .parquet.",
+    "What is written: of export the folder or gs://BUCKET/FOLDER, which `resattn_jax.load` opens; of attention the"
+    " folder of the page, by default WORKDIR/attention; of predict the file, .csv, .jsonl or .parquet.",
 )
 flags.DEFINE_multi_string(
     "images",
@@ -254,14 +258,21 @@ def _check_known(argument: str) -> None:
 
 
 def _recipe(path: str, given: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a file, FILE or FILE:VARIANT, with what is set by hand. Raises UsageError."""
+    """The config of a recipe with what is set by hand. Raises UsageError.
+
+    path: FILE or FILE:VARIANT, or the name of a recipe on board where there is no such file.
+    """
     name, *variant = path.split(":", 1)
-    files = os.path.expanduser(name), str(ROOT / name)  # the program may be started from another folder
-    file = next(filter(os.path.isfile, files), None)
-    if file is None:
-        there = sorted({f.stem for f in (ROOT / "configs").glob("*.py")} - {"__init__", "default"})
-        near = nearest(name, [f"configs/{stem}.py" for stem in there])
-        raise UsageError(f"there is no config {shown(name)}{near}; configs/ has {', '.join(there)}")
+    file = os.path.expanduser(name)
+    if not os.path.isfile(file):
+        there = {f.stem: str(f) for f in sorted(RECIPES.glob("*.py")) if f.stem not in ("__init__", "default")}
+        on_board = there | {f"configs/{stem}.py": file for stem, file in there.items()}  # as the repository has them
+        if name not in on_board:
+            near = nearest(name, on_board)
+            raise UsageError(f"there is no config {shown(name)}{near}; on board are {', '.join(there)}")
+        file = on_board[name]
+    if importlib.util.find_spec("configs") is None:
+        sys.modules["configs"] = importlib.import_module("resattn_jax.configs")  # as recipes outside of it may say
     try:
         config = ml_collections.ConfigDict(runpy.run_path(file)["get_config"](*variant))
     except (Exception, SystemExit) as error:  # whatever a recipe raises
@@ -330,18 +341,3 @@ def _cluster() -> tuple[str | None, int | None, int | None]:
     if process >= count:
         raise UsageError(f"--process_id={process}: it must be less than --num_processes, which is {count}")
     return address, count, process
-
-
-def use_large_pages(program: str) -> None:
-    """Starts `program` again, once, with a C library that asks the system for pages of 2 MB where it asks for much.
-
-    On the CPU the temporaries of a step are one piece of memory, 2.5 GB for ra92_cifar and 64 images, mapped anew for
-    every step; in pages of 4 kB that alone takes a fifth of it. glibc reads the setting when a process starts, other C
-    libraries pass it over, and one that is set already is left alone. A process that is another program, a notebook's
-    for instance, is left alone too.
-    """
-    is_program = any(os.path.exists(a) and os.path.samefile(a, program) for a in sys.orig_argv[1:])
-    if sys.platform == "linux" and is_program and not LARGE_PAGES.keys() & os.environ.keys():
-        os.environ.update(LARGE_PAGES)
-        SIGNALS.block()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

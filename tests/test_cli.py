@@ -73,6 +73,22 @@ def parse(tmp_path_factory):
     assert list(folder.iterdir()) == [folder / "stderr"]  # no line left anything behind
 
 
+@pytest.mark.parametrize("package", ["configs", "resattn_jax.configs"])
+@pytest.mark.parametrize("path", ["", ROOT])
+def test_ones_own_recipe_stands_on_one_on_board(tmp_path, package, path):
+    """Where the repository's folder is on the path, and where the package alone is, as after an installation."""
+    (tmp_path / "own.py").write_text(
+        f"from {package} import digits\ndef get_config():\n c = digits.get_config()\n c.seed = 7\n return c"
+    )
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed/resattn_jax").symlink_to(ROOT / "resattn_jax")
+    program = "from resattn_jax import cli; print(cli.parse(['', '--config=own.py']).config.seed)"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'installed'}{os.pathsep}{path}".rstrip(os.pathsep)}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "7\n", done.stderr
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of digits with another seed, as far as the command line looks at it."""
@@ -155,16 +171,18 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         (["--config.=3"], "there is no config."),
         (["--config.a\nb=3"], "there is no config.a\\nb"),
         (["--config." + "x" * 5000], "there is no config.xxx"),
-        (["--config=", "--mode=train"], "there is no config ''; configs/ has cifar100_ra92, "),
+        (["--config=", "--mode=train"], "there is no config ''; on board are cifar100_ra92, "),
         (["--config"], "--config has no value"),
         (["--config=configs"], "there is no config 'configs'"),
         (["--config=" + "x" * 5000], "there is no config 'xxx"),
         (["--config=configs/digits.py:x"], "the config 'configs/digits.py:x' does not load: TypeError: get"),
-        (["--config=configs/default.py"], "exactly one of them must be set"),
-        (["--config=main.py"], "the config 'main.py' does not load: KeyError: 'get_config'"),
-        (["--config=setup.py"], "the config 'setup.py' does not load: SystemExit: usage: "),
-        (["--config=README.md"], "the config 'README.md' does not load: SyntaxError: "),
-        (["--config=tests/data/run_dd52f1e.tar.gz"], "does not load: "),
+        (["--config=digit"], "there is no config 'digit' (did you mean 'digits'?); on board are cifar100_ra92, "),
+        (["--config=default"], "there is no config 'default'"),
+        ([f"--config={ROOT / 'configs/default.py'}"], "exactly one of them must be set"),
+        ([f"--config={ROOT / 'main.py'}"], "main.py' does not load: KeyError: 'get_config'"),
+        ([f"--config={ROOT / 'setup.py'}"], "setup.py' does not load: SystemExit: usage: "),
+        ([f"--config={ROOT / 'README.md'}"], "README.md' does not load: SyntaxError: "),
+        ([f"--config={ROOT / 'tests/data/run_dd52f1e.tar.gz'}"], "does not load: "),
         (["--wrkdir=x"], "there is no flag --wrkdir (did you mean '--workdir'?)"),
         (["--" + "x" * 5000], "there is no flag --xxx"),
         (["--mode=" + "x" * 5000], "value should be one of <train|evaluate|"),
@@ -239,6 +257,7 @@ def test_formats_are_given_with_commas_or_one_by_one(parse):
 def test_the_workdir_is_that_of_the_recipe(parse):
     assert parse()["run"] == "runs/digits"
     assert parse("--config=configs/paper_cifar.py:learning=nal")["run"] == "runs/paper_cifar"
+    assert parse("--config=paper_cifar:learning=nal")["run"] == "runs/paper_cifar"
     cluster = "--coordinator=localhost:12", "--num_processes=2", "--process_id=1"
     assert parse(*cluster)["cluster"] == ["localhost:12", 2, 1]
     assert parse()["cluster"] == [None, None, None]

@@ -62,6 +62,16 @@ def test_the_public_recipe_is_the_published_one():
     assert (tuple(c.data.mean), tuple(c.data.std)) == ((0,), (1,))
 
 
+def test_the_recipe_of_a_folder_holds_pictures_out_where_the_folder_does_not(tmp_path):
+    folder = importlib.import_module("configs.folder")
+    c = folder.get_config(str(tmp_path))
+    assert (c.data.name, c.data.train_split, c.data.eval_split) == (f"folder:{tmp_path}", "train[:80%]", "train[80%:]")
+    (tmp_path / "test").mkdir()
+    c = importlib.import_module("configs.folder_small").get_config(str(tmp_path))
+    assert (c.data.name, c.data.train_split, c.data.eval_split) == (f"folder:{tmp_path}", "train", "val")
+    assert folder.get_config().data.eval_split == "val"
+
+
 def test_the_papers_cifar_config_is_the_papers_and_takes_the_variant():
     """Section 4.1: 160k iterations of 64, rate 0.1 divided after 64k and 96k, decay 1e-4; tables 1, 3, 4, 5."""
     paper_cifar = importlib.import_module("configs.paper_cifar")

@@ -130,6 +130,18 @@ def test_a_picture_that_comes_or_goes_moves_no_other_to_another_slice(tmp_path):
     assert moved - held_out <= {str(tmp_path / "train/b/new.png")}
 
 
+def test_without_folders_for_splits_each_folder_is_a_class(folder):
+    """The same pictures as of DIR/train, on the same sides of a slice."""
+    flat = folder / "train"
+    for split in ("train", "train[:80%]", "train[80%:]"):
+        assert names_in(opened(flat, split)) == names_in(opened(folder, split))
+    with pytest.raises(UsageError, match=r"has no folder 'val'; it has a, b, c; .*'train\[90%:\]'"):
+        opened(flat, "val")
+    (folder / "train").rename(folder / "Train")  # no class of its own beside val
+    with pytest.raises(UsageError, match=r"has no folder 'train'; it has Train, val"):
+        opened(folder, "train")
+
+
 @pytest.mark.parametrize(
     ("change", "split", "message"),
     [
@@ -273,7 +285,7 @@ def test_a_message_lists_no_more_than_ten_names(tmp_path):
     for row in range(1000):
         (tmp_path / f"n{row:04}").mkdir()
     with pytest.raises(UsageError, match=r"it has n0000, .*, n0009 and 990 others; it needs"):
-        opened(tmp_path, "train")
+        opened(tmp_path, "val")
 
 
 def test_a_run_says_when_its_pictures_are_others(tmp_path, tiny_config, caplog):

@@ -52,8 +52,9 @@ def test_what_data_workers_import_imports_no_jax():
 # From top to bottom. A module imports from its own layer and from those below.
 LAYERS = [
     ["main"],
+    ["__main__"],
     ["modes", "modes.*"],
-    ["classifier", "export.*", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
+    ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],

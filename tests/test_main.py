@@ -182,10 +182,10 @@ runpy.run_path("main.py", run_name="__main__")
 ALLOCATE = """
 import resource
 import sys
-from resattn_jax import cli
+from resattn_jax.__main__ import use_large_pages
 
 if {large}:
-    cli.use_large_pages(sys.orig_argv[1])
+    use_large_pages()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(2):
     bytearray(256 << 20)

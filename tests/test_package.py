@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 from helpers import ROOT
@@ -11,11 +13,11 @@ from helpers import ROOT
 import resattn_jax
 
 
-def setup(*arguments, **environment):
+def setup(*arguments, folder=ROOT, **environment):
     """What setup.py prints at the end."""
     pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+    command = [sys.executable, "setup.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
 
@@ -37,9 +39,41 @@ def test_the_citation_is_of_this_version():
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == resattn_jax.__version__
 
 
-def test_the_package_has_its_templates(tmp_path):
-    pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", "-q", "build_py", f"--build-lib={tmp_path}"]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    here = {path.name for path in (ROOT / "resattn_jax/report/templates").iterdir()}
-    assert {path.name for path in (tmp_path / "resattn_jax/report/templates").iterdir()} == here != set()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(the names in the sdist, below its folder; {name: size} of what is in the wheel built from it)."""
+    folder = tmp_path_factory.mktemp("built")
+    setup("egg_info", f"--egg-base={folder}", "sdist", f"--dist-dir={folder}")
+    [archive] = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    unpacked = folder / archive.name.removesuffix(".tar.gz")
+    setup("bdist_wheel", f"--dist-dir={folder}", folder=unpacked)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        sizes = {entry.filename: entry.file_size for entry in file.filelist}
+    return {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}, sizes
+
+
+def test_the_sdist_has_what_a_reader_and_a_tester_need(built):
+    names, _ = built
+    wanted = "README.md LICENSE CHANGELOG.md CITATION.cff main.py constraints.txt configs/digits.py docs/data.md"
+    assert {*wanted.split(), "tests/conftest.py", "tests/data/run_dd52f1e.tar.gz"} <= names
+
+
+def test_the_wheel_has_the_package_whole_and_nothing_else(built):
+    """Every file of resattn_jax/, recipes and weights too; no tests, no benchmarks, no top-level configs."""
+    _, sizes = built
+    tops = {name.partition("/")[0] for name in sizes}
+    assert tops == {"resattn_jax", f"resattn_jax-{resattn_jax.__version__}.dist-info"}
+    of_the_package = {
+        str(path.relative_to(ROOT))
+        for folder in (ROOT / "resattn_jax", ROOT / "resattn_jax/configs")  # rglob follows no links
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in sizes if name.startswith("resattn_jax/")} == of_the_package
+    assert {"resattn_jax/py.typed", "resattn_jax/configs/digits.py", "resattn_jax/configs/default.py"} <= sizes.keys()
+    large = {name: size for name, size in sizes.items() if size > 50_000 and not name.endswith("/model.safetensors")}
+    assert large == {}
+    assert sum(sizes.values()) < 5_000_000

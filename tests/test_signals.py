@@ -27,19 +27,21 @@ def until(process, word):
     raise AssertionError(process.stderr.read())
 
 
+MODULE = ("-m", "resattn_jax")
 STAGES = [
-    (0.15, signal.SIGTERM),
-    (0.4, signal.SIGINT),
-    (0.8, signal.SIGHUP),
-    (1.5, signal.SIGTERM),
-    (3.0, signal.SIGINT),
+    (0.15, signal.SIGTERM, ("main.py",)),
+    (0.15, signal.SIGTERM, MODULE),
+    (0.4, signal.SIGINT, MODULE),
+    (0.8, signal.SIGHUP, ("main.py",)),
+    (1.5, signal.SIGTERM, MODULE),
+    (3.0, signal.SIGINT, ("main.py",)),
 ]
 
 
-@pytest.mark.parametrize(("seconds", "number"), STAGES)
-def test_before_the_first_step_it_is_one_line(seconds, number, tmp_path):
+@pytest.mark.parametrize(("seconds", "number", "program"), STAGES)
+def test_before_the_first_step_it_is_one_line(seconds, number, program, tmp_path):
     """During imports, data, first weights, compiling: whatever is at work after so many seconds."""
-    process = start(tmp_path / "run")
+    process = start(tmp_path / "run", program=program)
     time.sleep(seconds)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)

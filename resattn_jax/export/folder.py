@@ -23,10 +23,12 @@ from resattn_jax.runtime import PORTABLE
 WEIGHTS = FILES["safetensors"]
 
 
-def write_folder(folder: Run, net: TrainedNet, formats: Collection[str] = ()) -> None:
+def write_folder(
+    folder: Run, net: TrainedNet, formats: Collection[str] = (), dtype: type[np.floating[Any]] = np.float32
+) -> None:
     """Writes what `resattn_jax.load` opens, a model card and preprocessing.json, and the net in other formats.
 
-    That is model.safetensors (float32, our names, such as params/stem_conv/kernel), config.json, data.json and
+    That is model.safetensors (in `dtype`, our names, such as params/stem_conv/kernel), config.json, data.json and
     classes.txt. formats: of `FILES`; files of other formats, from an earlier export, are deleted. Everything is made
     before anything is written. Raises UsageError when a format cannot have this net or needs a package that is not
     here, and when the folder is a run's workdir or cannot be written.
@@ -35,6 +37,7 @@ def write_folder(folder: Run, net: TrainedNet, formats: Collection[str] = ()) ->
         raise UsageError(f"{folder} is the workdir of a run; choose another --output")
     formats = {"safetensors", *formats}
     files = {name: _ENCODERS[format](net) for format, name in FILES.items() if format in formats}
+    files[WEIGHTS] = _safetensors(net, dtype)
     files["preprocessing.json"] = (json.dumps(preprocessing(net), indent=2) + "\n").encode()
     files["README.md"] = model_card(net, formats).encode()
     try:
@@ -50,17 +53,18 @@ def write_folder(folder: Run, net: TrainedNet, formats: Collection[str] = ()) ->
 
 
 def read_weights(folder: Run) -> dict[str, Any]:
-    """The variables in a folder that `write_folder` wrote. Raises UsageError when the file is damaged."""
+    """The variables in a folder that `write_folder` wrote, in float32. Raises UsageError when the file is damaged."""
     path = folder.path / WEIGHTS
     try:
-        return flax.traverse_util.unflatten_dict(safetensors.numpy.load(path.read_bytes()), sep="/")
+        arrays = safetensors.numpy.load(path.read_bytes())
+        return flax.traverse_util.unflatten_dict({k: np.asarray(v, np.float32) for k, v in arrays.items()}, sep="/")
     except Exception as error:  # safetensors raises a kind of its own, and whatever reading does
         raise UsageError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def _safetensors(net: TrainedNet) -> bytes:
+def _safetensors(net: TrainedNet, dtype: type[np.floating[Any]] = np.float32) -> bytes:
     named = flax.traverse_util.flatten_dict(dict(net.variables), sep="/")
-    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in named.items()})
+    return safetensors.numpy.save({name: np.ascontiguousarray(array, dtype) for name, array in named.items()})
 
 
 def _torch(net: TrainedNet) -> bytes:

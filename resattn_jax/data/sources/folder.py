@@ -21,6 +21,7 @@ from resattn_jax.errors import UsageError
 LARGEST_FILE = 256 << 20  # bytes; a file of more is no picture to train on
 
 _VALIDATION = ("val", "valid", "validation", "dev")  # names of one split
+_SPLITS = ("train", "training", "test", *_VALIDATION)
 
 log = logging.getLogger("resattn_jax")
 
@@ -37,14 +38,19 @@ def prepare(name: str, data_dir: str | None) -> str:
 
 
 class FolderSource:
-    """Pictures in DIR/SPLIT/CLASS/…, at any depth below CLASS. Labels count the sorted names of the classes."""
+    """Pictures in DIR/SPLIT/CLASS/…, at any depth below CLASS. Labels count the sorted names of the classes.
+
+    Where no folder is named as a split, those of DIR/CLASS/… are the split "train".
+    """
 
     image_shape = None
 
     def __init__(self, root: pathlib.Path, split: str):
         """Raises UsageError if there is no such split, no picture in it or in a class, or fewer than two classes."""
         if not root.is_dir():
-            raise UsageError(f"there is no folder {root}; folder:DIR needs DIR/train/CLASS/*.jpg and DIR/val/CLASS")
+            raise UsageError(
+                f"there is no folder {root}; folder:DIR needs DIR/train/CLASS/*.jpg and DIR/val/CLASS, or DIR/CLASS"
+            )
         try:
             folder = root / _split_folder(root, split)
             self.class_names = _classes_in(folder)
@@ -98,6 +104,8 @@ def _split_folder(root: pathlib.Path, split: str) -> str:
     there = sorted(d.name for d in root.iterdir() if d.is_dir())
     if split in there:
         return split
+    if split == "train" and not any(name.lower() in _SPLITS for name in there):
+        return "."  # the folders are the classes
     # What one person calls val, another calls valid or test. One of them is enough.
     others = (*_VALIDATION, "test") if split in _VALIDATION else _VALIDATION if split == "test" else ()
     for other in others:
