@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 import re
@@ -59,6 +60,8 @@ def opened(path: epath.PathLike) -> epath.Path:
 
     # gcsfs would go on to list what it listed before, without what TensorStore or another process has written since.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    for library in ("gcsfs", "google.auth"):  # they log at length what they raise
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     return epath.Path(text)
 
 

@@ -55,10 +55,10 @@ def test_a_fault_of_the_command_line_is_one_line_and_status_2(argument, message,
     assert not workdir.exists()  # a mistake leaves nothing behind
 
 
-def test_a_bucket_is_refused_as_workdir():
-    done = main("--workdir=gs://bucket/run")
+def test_another_kind_of_bucket_is_refused_as_workdir():
+    done = main("--workdir=s3://bucket/run")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--workdir=gs://bucket/run is no path; mount the bucket" in done.stderr
+    assert "s3://bucket/run is no path; a folder in a bucket is written gs://BUCKET/FOLDER" in done.stderr
 
 
 def test_both_totals_by_hand_are_refused_and_one_clears_the_other(tmp_path):
