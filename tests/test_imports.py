@@ -58,8 +58,8 @@ LAYERS = [
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files"],
-    ["signals", "watchdog", "buckets", "errors"],
+    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files"]
+    + ["signals", "watchdog", "buckets", "errors"],
 ]
 
 

@@ -1,5 +1,6 @@
 """The nets on board: what is said of them is so, and a name is not taken for a path or the other way round."""
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -9,7 +10,8 @@ from helpers import ROOT
 import resattn_jax
 from resattn_jax.data.sources import open_source, read
 from resattn_jax.errors import UsageError
-from resattn_jax.export import read_weights, write_folder
+from resattn_jax.export.folder import read_weights, write_folder
+from resattn_jax.export.portable import TrainedNet
 from resattn_jax.run import Run
 
 ON_BOARD = resattn_jax.pretrained()
@@ -42,11 +44,14 @@ def test_what_is_said_of_a_net_is_so(said):
 
 def test_weights_of_half_precision_are_read_as_float32(tmp_path):
     net = resattn_jax.load("digits/ra_tiny")
-    kernel = np.float32([[1 / 3, 1e-3], [70.0, -0.0]])
-    write_folder(Run(tmp_path), net.config, net.spec, {"params": {"head": {"kernel": kernel}}}, np.float16)
+    variables = jax.tree.map(np.array, dict(net.variables))
+    kernel = variables["params"]["head"]["kernel"]
+    kernel += np.float32(1 / 3)
+    taken = TrainedNet(config=net.config, spec=net.spec, variables=variables, step=1, metrics={})
+    write_folder(Run(tmp_path), taken, dtype=np.float16)
     back = read_weights(Run(tmp_path))["params"]["head"]["kernel"]
     assert back.dtype == np.float32
-    np.testing.assert_allclose(back, kernel, rtol=2**-11)
+    np.testing.assert_allclose(back, kernel, rtol=2**-11, atol=1e-7)
     assert back[0, 0] != kernel[0, 0]
 
 
