@@ -139,7 +139,7 @@ class Training:
         self.best, self.skipped_before = progress.best, progress.skipped
         self.not_finite, self.not_finite_in_a_row = progress.not_finite, progress.not_finite_in_a_row
         self.since_log = StepMeans(progress.since_log)
-        self.report.begin(self.step)
+        self.report.begin(self.step, runtime.describe_versions(self.experiment.mesh))
 
     def compile(self) -> None:
         """Compiles the train step ahead of the first, so that its time is told apart."""

@@ -5,6 +5,7 @@ One process of a run reports; on the other hosts of a cluster every method does 
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class Report:
             return
         self._console = rich.console.Console(highlight=False)
         self._run, self._total = run, total_steps
+        self._size: dict[str, int] = {}
         self._events: tensorboardX.SummaryWriter | None = None
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("step"),
@@ -59,10 +61,15 @@ class Report:
         if self._active:
             self._console.print(text, markup=False, soft_wrap=True)
 
-    def begin(self, step: int) -> None:
-        """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes."""
+    def begin(self, step: int, about: Mapping[str, Any]) -> None:
+        """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes.
+
+        about: kept in started.jsonl, with the time and the size of the net.
+        """
         if self._active:
             self._run.forget_after(step)
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            self._run.start({"step": step, "date": now, **about, **self._size})
             self._events = tensorboardX.SummaryWriter(str(self._run.logs), purge_step=step + 1)
             self._progress.update(self._task, completed=step)
 
@@ -107,7 +114,9 @@ class Report:
         table.columns[1].justify = "right"
         for name, block in blocks.items():
             table.add_row(name, f"{clu.parameter_overview.count_parameters(block):,}")
-        table.add_row("total", f"{clu.parameter_overview.count_parameters(params):,}", style="bold")
+        total = int(clu.parameter_overview.count_parameters(params))
+        self._size = {"parameters": total, "multiply_adds": multiply_adds}
+        table.add_row("total", f"{total:,}", style="bold")
         self._console.print(table)
         listed = self._run.path / "parameters.txt"
         self.say(f"multiply-adds an image: {multiply_adds / 1e9:.3f} G; every parameter is listed in {listed}")
