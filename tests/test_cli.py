@@ -203,7 +203,7 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         ([f"--workdir={ROOT / 'main.py/x'}"], ": Not a directory"),
         (["--checkpoint=best"], "--checkpoint is for --mode=evaluate and --mode=predict and"),
         (["--mode=prepare", "--workdir=x"], "--workdir is for --mode=train and --mode=evaluate and"),
-        (["--mode=evaluate", "--output=x"], "--mode=attention and --mode=export, not for --mode=evaluate"),
+        (["--mode=evaluate", "--output=x"], "--mode=report and --mode=export, not for --mode=evaluate"),
         (["--mode=evaluate", "--checkpoint=²"], "--checkpoint=²: it must be newest, best or the number of a step"),
         (["--mode=evaluate", "--checkpoint=-3"], "--checkpoint=-3: it must be"),
         (["--mode=export"], "--mode=export needs --output=PATH or --torch_checkpoint=PATH, one of them"),
