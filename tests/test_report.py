@@ -11,7 +11,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from helpers import lines
 from sklearn.calibration import calibration_curve
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import resattn_jax
 from resattn_jax.classifier import load
@@ -24,9 +27,11 @@ from resattn_jax.export.folder import TrainedNet, write_folder
 from resattn_jax.mistakes import Assessment
 from resattn_jax.models.count import count_parameters
 from resattn_jax.modes import report as mode
+from resattn_jax.modes.show_data import write_contact_sheet
 from resattn_jax.modes.train import train_and_evaluate
 from resattn_jax.report.record import read_record, train_seconds
 from resattn_jax.report.run_page import Measured, most_confused, run_page
+from resattn_jax.report.tensorboard import confusion_picture
 from resattn_jax.run import Run
 
 NASTY = ["<script>alert(1)</script>", "$x_1$ & \"b\" 'c'", "line\nbreak \u202eabc", "bad\udcff", "漢字 {{ 7 * 7 }}"]
@@ -229,7 +234,8 @@ def test_what_is_not_there_is_left_out_and_told(copied, tmp_path, capsys):
     assert "Nothing was measured anew" in page.text
     assert "there is no folder /nowhere" in page.text
     assert "Hardware and versions were not kept" in page.text
-    assert "confusion" not in page.tables
+    logged = lines(no_data)[-1]["eval/confusion"]
+    assert [[int(cell or 0) for cell in row[1:]] for row in page.tables["confusion"][1:]] == logged
     assert "As logged at the newest evaluation." in page.text
     assert "there is no folder /nowhere" in capsys.readouterr().out
 
@@ -237,7 +243,9 @@ def test_what_is_not_there_is_left_out_and_told(copied, tmp_path, capsys):
     (running / "result.json").unlink()
     with (running / "metrics.jsonl").open("r+") as file:
         file.truncate(file.read().index("\n") + 20)  # one row, and a line cut off
-    text = written(running).text
+    page = written(running)
+    assert "confusion" not in page.tables  # there was no evaluation yet
+    text = page.text
     assert "It has not ended: step 4 of 12 when this page was written." in text
     assert "there is no checkpoint in" in text
 
@@ -295,3 +303,68 @@ def test_many_classes_are_listed_by_their_confusions(trained):
     assert page.tables["pairs"][1:] == [["c3", "c7", "2", "66.7 %"], ["c8", "c1", "1", "33.3 %"]]
     assert "the 40 lowest of 50" in page.text
     assert page.text.index("33.3 % of 3") < page.text.index("66.7 % of 3")
+
+
+# ---- TensorBoard.
+
+
+def events(folder):
+    """The values of the event files of a run, in order: (step, value)."""
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(content[:8], "little")
+            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            yield from ((event.step, value) for value in event.summary.value)
+
+
+def pictures(folder, tag):
+    return [
+        (step, np.asarray(PIL.Image.open(io.BytesIO(value.image.encoded_image_string))))
+        for step, value in events(folder)
+        if value.tag == tag
+    ]
+
+
+def test_tensorboard_has_the_first_batch_as_the_net_sees_it(trained, tiny_config, one_device, tmp_path):
+    [(step, shown)] = pictures(trained, "train/batch")
+    with PIL.Image.open(write_contact_sheet(tiny_config, tmp_path, one_device)) as sheet:
+        rows = np.asarray(sheet)[: shown.shape[0]]  # 8 of the 32 images in each
+    assert step == 0
+    np.testing.assert_array_equal(shown, rows)
+
+
+def test_tensorboard_and_the_log_have_the_confusions(trained):
+    [(step, shown)] = pictures(trained, "eval/confusion")
+    net = load(trained, "newest")
+    counts = mode.measure(net).assessment.confusion(10)
+    assert lines(trained)[-1]["eval/confusion"] == counts.tolist()
+    np.testing.assert_array_equal(shown, confusion_picture(counts.tolist(), list("0123456789")))
+    assert step == 12
+
+
+def test_a_cell_of_the_confusions_is_as_dark_as_its_share():
+    """By hand: three of four right, and a class without examples. The last lines of a cell have no letters."""
+    shown = confusion_picture([[3, 1], [0, 0]], [NASTY[0], NASTY[4]])
+    cell = shown.shape[0] // 3  # a head and two rows
+    right, wrong = 255 + 0.75 * (np.array((26, 127, 75)) - 255), 255 + 0.25 * (np.array((179, 54, 31)) - 255)
+    expected = {(2 * cell - 4, -3 * cell // 2): right, (2 * cell - 4, -cell // 2): wrong}
+    expected |= {(3 * cell - 4, -3 * cell // 2): 255, (3 * cell - 4, -cell // 2): 255}
+    for place, colour in expected.items():
+        np.testing.assert_array_equal(shown[place], np.round(colour))
+
+
+def test_tensorboard_compares_runs_by_their_hyper_parameters(trained):
+    """In the event file of the run itself, as a folder below it would be a run of its own."""
+    found = [value for _, value in events(trained) if value.metadata.plugin_data.plugin_name == "hparams"]
+    data = [HParamsPluginData.FromString(value.metadata.plugin_data.content) for value in found]
+    kinds = [value.tag.rpartition("/")[2] for value in found]
+    assert kinds[:3] == ["experiment", "session_start_info", "session_end_info"]
+    metrics = {info.name.tag for info in data[0].experiment.metric_infos}
+    assert metrics < {value.tag for _, value in events(trained)}  # each is a curve of the run
+    values = data[1].session_start_info.hparams
+    assert set(values) == set(flatten(Run(trained).config))
+    assert values["batch_size"].number_value == 32
+    assert values["optimizer.name"].string_value == "sgd"
+    assert values["augment.flip"].bool_value is False
+    assert not [path for path in trained.iterdir() if path.is_dir() and path.name != "checkpoints"]

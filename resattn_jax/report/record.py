@@ -24,7 +24,7 @@ class Record:
 
     spec: None where it is not known. series: {"train/loss": (steps, values)} of what was logged. seconds: (steps,
     seconds of training until then), None where no images_per_second was logged. final, best: metrics with their "step",
-    None before the first evaluation. class_top1: of the newest evaluation. step: the newest that is known of.
+    None before the first evaluation. logged: everything of the newest evaluation. step: the newest that is known of.
     total: of the whole run, None where it is not known. ended: whether it is complete. rate: images/s of all its
     training. starts: what was kept of each. notes: sentences on what is missing.
     """
@@ -36,7 +36,7 @@ class Record:
     seconds: Points | None
     final: dict[str, Any] | None
     best: dict[str, Any] | None
-    class_top1: list[float | None] | None
+    logged: dict[str, Any]
     step: int
     total: int | None
     ended: bool
@@ -59,6 +59,7 @@ def read_record(run: Run) -> Record:
     spec, result, logged, starts = (_tried(run, name, notes) for name in ("spec", "result", "metrics", "starts"))
     rows = [row for row in logged or [] if isinstance(row.get("step"), int) and row["step"] > 0]
     step = max((row["step"] for row in rows), default=0)
+    newest: dict[str, Any] = next((row for row in reversed(rows) if "eval/top1" in row), {})
     final: dict[str, Any] | None
     ended = result is not None and _is_of(result, step)
     if result is not None and ended:
@@ -81,7 +82,7 @@ def read_record(run: Run) -> Record:
         seconds=train_seconds(rows, config.batch_size, rate),
         final=final,
         best=best if isinstance(best, dict) else None,
-        class_top1=next((row["eval/class_top1"] for row in reversed(rows) if "eval/class_top1" in row), None),
+        logged={key.removeprefix("eval/"): value for key, value in newest.items()},
         step=step,
         total=total,
         ended=ended,

@@ -11,6 +11,7 @@ import PIL.Image
 
 from resattn_jax.config import flatten
 from resattn_jax.configs import default
+from resattn_jax.metrics import Confusion
 from resattn_jax.mistakes import Assessment
 from resattn_jax.report import figures
 from resattn_jax.report.colours import Shown
@@ -19,7 +20,7 @@ from resattn_jax.report.page import render
 from resattn_jax.report.record import Points, Record
 from resattn_jax.rules import RULES, shown
 
-LARGEST_MATRIX = 40  # classes; of more the most confused pairs are listed, and the worst classes
+LARGEST_MATRIX = Confusion.MOST  # classes; of more the most confused pairs are listed, and the worst classes
 PAIRS = 40
 _CURVES = (  # title, and what is drawn; of two the first stands behind
     ("loss", ("train/loss", "eval/loss")),
@@ -69,13 +70,15 @@ def run_page(record: Record, measured: Measured | None, now: dict[str, str]) -> 
 
     now: the devices and versions of this process.
     """
-    confusion = measured.assessment.confusion(len(measured.labels)) if measured else None
+    labels = measured.labels if measured else record.spec.class_names if record.spec else ()
+    confusion = measured.assessment.confusion(len(labels)) if measured else _logged_confusion(record, len(labels))
     return render(
         "report.html",
         record=record,
         config=marked(record),
         sections=[(over, _drawn([record], x, over)) for over, x in _axes([record])],
-        classes=_classes(record, measured, confusion),
+        labels=labels,
+        classes=_classes(record, measured, labels, confusion),
         measured=measured,
         confusion=confusion if confusion is not None and len(confusion) <= LARGEST_MATRIX else None,
         pairs=[] if confusion is None else most_confused(confusion),
@@ -139,10 +142,21 @@ def most_confused(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
     return [(i, j, int(wrong[i, j]), float(wrong[i, j] / confusion[i].sum())) for i, j in pairs if wrong[i, j]]
 
 
-def _classes(record: Record, measured: Measured | None, confusion: np.ndarray | None) -> dict[str, Any] | None:
+def _logged_confusion(record: Record, classes: int) -> np.ndarray | None:
+    """That of the newest evaluation, None where none was logged."""
+    try:
+        found = np.array(record.logged.get("confusion"))
+    except ValueError:  # the rows of another length
+        return None
+    fits = found.shape == (classes, classes) and found.dtype.kind == "i" and found.min(initial=0) >= 0
+    return found if fits else None
+
+
+def _classes(
+    record: Record, measured: Measured | None, labels: Sequence[str], confusion: np.ndarray | None
+) -> dict[str, Any] | None:
     """The bars of the classes: (name, top-1, number of examples or None), and how many more there are."""
-    labels = measured.labels if measured else record.spec.class_names if record.spec else ()
-    top1 = measured.assessment.metrics["class_top1"] if measured else record.class_top1
+    top1 = measured.assessment.metrics["class_top1"] if measured else record.logged.get("class_top1")
     if not isinstance(top1, list) or len(top1) != len(labels):
         return None
     counts = [None] * len(labels) if confusion is None else confusion.sum(1).tolist()
