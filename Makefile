@@ -5,8 +5,9 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test lint package torch constraints clean
 
-demo: .venv/installed  ## trains on a data set that is on board and prints the accuracy
+demo: .venv/installed  ## trains on a data set that is on board, prints the accuracy and writes a report
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/python main.py --mode=report --workdir=runs/digits
 
 test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 8

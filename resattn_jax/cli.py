@@ -69,6 +69,12 @@ MODES = {
         needs=("images", "summary"),
         of_a_run=True,
     ),
+    "report": Mode(
+        "write a page of a run, or of several beside each other: --workdir for each",
+        ("workdir", "output"),
+        files=("output",),
+        of_a_run=True,
+    ),
     "import": Mode(
         "make a run of the PyTorch checkpoint --torch_checkpoint",
         (*_DEVICES, "torch_checkpoint"),
@@ -90,8 +96,11 @@ flags.DEFINE_string(
     f"{DEFAULT_CONFIG}.",
 )
 flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {mode.what}" for name, mode in MODES.items()) + ".")
-flags.DEFINE_string(
-    "workdir", None, "Where the run lies: a folder or gs://BUCKET/FOLDER. Default: runs/NAME for the recipe NAME."
+flags.DEFINE_multi_string(
+    "workdir",
+    None,
+    "Where the run lies: a folder or gs://BUCKET/FOLDER. Default: runs/NAME for the recipe NAME. Of report it may be"
+    " given several times.",
 )
 flags.DEFINE_string("checkpoint", "newest", "Which one to measure, use or export: newest, best (by top-1), or a step.")
 flags.DEFINE_string("torch_checkpoint", None, "PyTorch state dict: .pkl, .pth, .pt or .safetensors.")
@@ -99,7 +108,8 @@ flags.DEFINE_string(
     "output",
     None,
     "What is written: of export the folder or gs://BUCKET/FOLDER, which `resattn_jax.load` opens; of attention the"
-    " folder of the page, by default WORKDIR/attention; of predict the file, .csv, .jsonl or .parquet.",
+    " folder of the page, by default WORKDIR/attention; of report the page, by default WORKDIR/report.html; of predict"
+    " the file, .csv, .jsonl or .parquet.",
 )
 flags.DEFINE_multi_string(
     "images",
@@ -124,14 +134,15 @@ class Command:
     """What a command line asks for.
 
     config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
-    command line changes. checkpoint: "newest", "best" or a step. images: as they were given. top: how many classes of
-    each. formats: what is written to `output`. cluster: the arguments of `runtime.initialize`. began:
-    `time.perf_counter()` when the program started.
+    command line changes. runs: those of a report, of which `run` is the first; else that one. checkpoint: "newest",
+    "best" or a step. images: as they were given. top: how many classes of each. formats: what is written to `output`.
+    cluster: the arguments of `runtime.initialize`. began: `time.perf_counter()` when the program started.
     """
 
     mode: str
     config: ml_collections.ConfigDict
     run: Run
+    runs: tuple[Run, ...]
     checkpoint: str
     torch_checkpoint: str | None
     output: str | None
@@ -157,11 +168,15 @@ def parse(argv: Sequence[str]) -> Command:
     if not re.fullmatch(r"newest|best|\d{1,10}", FLAGS.checkpoint, re.ASCII):
         raise UsageError(f"--checkpoint={shortened(FLAGS.checkpoint)}: it must be newest, best or the number of a step")
     config = _recipe(DEFAULT_CONFIG if named is None else named, given)
-    run = Run(_path("workdir") or f"runs/{pathlib.Path((named or DEFAULT_CONFIG).partition(':')[0]).stem}")
+    default = f"runs/{pathlib.Path((named or DEFAULT_CONFIG).partition(':')[0]).stem}"
+    run, *others = runs = [Run(path) for path in _workdirs() or [default]]
+    if others and FLAGS.mode != "report":
+        raise UsageError(f"--workdir is given {len(runs)} times; of --mode={FLAGS.mode} it names one run")
     return Command(
         mode=FLAGS.mode,
         config=_effective(run, config, given, named=named is not None),
         run=run,
+        runs=tuple(runs),
         checkpoint=FLAGS.checkpoint,
         torch_checkpoint=_path("torch_checkpoint"),
         output=_path("output"),
@@ -291,13 +306,19 @@ def _given(flag: str) -> bool:
     return bool(FLAGS[flag].present and FLAGS[flag].value is not False)
 
 
-def _path(flag: str) -> str | None:
-    """The path that a flag names, `~` being the home folder; None where it is not given.
+def _workdirs() -> list[str]:
+    """The paths that --workdir names, each once."""
+    return list(dict.fromkeys(_checked_path("workdir", given) for given in FLAGS.workdir or ()))
 
-    Raises UsageError for what can be none.
-    """
-    if (given := FLAGS[flag].value) is None:
-        return None
+
+def _path(flag: str) -> str | None:
+    """The path that a flag names, None where it is not given. Raises UsageError for what can be none."""
+    given = FLAGS[flag].value
+    return None if given is None else _checked_path(flag, given)
+
+
+def _checked_path(flag: str, given: str) -> str:
+    """The path that a text names, `~` being the home folder. Raises UsageError for what can be none."""
     path, named = os.path.expanduser(given), f"--{flag}={shortened(given)}"
     if "://" in path:
         if flag == "torch_checkpoint":

@@ -101,7 +101,25 @@ class ClassAccuracy:
         return {"class_top1": [float(hits / count) if count else None for hits, count in pairs]}
 
 
-METRICS: tuple[type[Metric], ...] = (Accuracy, Loss, ExpectedCalibrationError, ClassAccuracy)
+class Confusion:
+    """confusion: how many examples of class i are taken for class j, [i][j]; not there for more than 40 classes."""
+
+    MOST = 40
+
+    @classmethod
+    def sums(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        classes = logits.shape[-1]
+        if classes > cls.MOST:
+            return {}
+        counts = jnp.zeros((classes, classes), jnp.int32)
+        return {"count": counts.at[labels, jnp.argmax(logits, -1)].add(mask.astype(jnp.int32))}
+
+    @staticmethod
+    def compute(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {"confusion": sums["count"].astype(int).tolist()} if sums else {}
+
+
+METRICS: tuple[type[Metric], ...] = (Accuracy, Loss, ExpectedCalibrationError, ClassAccuracy, Confusion)
 
 
 def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
@@ -112,7 +130,7 @@ def sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
 def compute(parts: list[Sums]) -> dict[str, Any]:
     """The values of every metric: sums of batches are added up in float64 on the host.
 
-    Returns top1, top5 (fractions of 1), examples, loss (nats), ece and class_top1. There must be an example.
+    Returns top1, top5 (fractions of 1), examples, loss (nats), ece, class_top1 and confusion. There must be an example.
     """
     total = jax.tree.map(lambda *xs: np.sum(np.stack(xs).astype(np.float64), axis=0), *jax.device_get(parts))
     return {name: value for metric in METRICS for name, value in metric.compute(total[metric.__name__]).items()}

@@ -6,6 +6,7 @@ It owns every file in the workdir:
     data.json         what the net has to know of its data (`DataSpec`)
     classes.txt       the classes, a name a line
     metrics.jsonl     an object for each time that something was logged
+    started.jsonl     an object for each start: when, on which devices, with which versions
     not_finite.jsonl  an object for each step whose loss or gradient was not finite, with the rows of its batch
     result.json       the last step's metrics and the best
     parameters.txt    every parameter of the net
@@ -80,6 +81,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """What was logged, in order. A line that is no object, such as the last of a killed process, is left out."""
         return self._rows("metrics.jsonl")
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """What was kept of each start, in order; [] in runs older than the file."""
+        return self._rows("started.jsonl")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -164,6 +170,11 @@ class Run:
             self.write("result.json", json.dumps(result, indent=2) + "\n")
         except buckets.faults() as error:
             raise RunError(f"{self.path / 'result.json'} cannot be written: {reason(error)}") from error
+
+    def start(self, about: dict[str, Any]) -> None:
+        """Keeps what a start of the run was: a row of started.jsonl. Raises OSError."""
+        rows = [*self.starts, about]
+        self.write("started.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     @property
     def logs(self) -> epath.Path:

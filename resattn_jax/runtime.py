@@ -7,9 +7,11 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from resattn_jax import __version__
 from resattn_jax.errors import RunError, UsageError, reason
 from resattn_jax.rules import shortened
 
@@ -233,3 +236,11 @@ def describe_devices(mesh: Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     return f"{mesh.size} x {kind}{hosts}"
+
+
+def describe_versions(mesh: Mesh) -> dict[str, str]:
+    """What a run depends on beside its config: the devices, and the versions of what computes."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    system = os.uname()
+    python = f"{'.'.join(map(str, sys.version_info[:3]))} on {system.sysname} {system.machine}"
+    return {"devices": describe_devices(mesh), "resattn_jax": __version__, **versions, "python": python}

@@ -32,6 +32,7 @@ for line in sys.stdin:
     try:
         command = cli.parse(["main.py", *json.loads(line)])
         answer = {**vars(command), "run": str(command.run), "config": flatten(command.config)}
+        answer["runs"] = list(map(str, command.runs))
     except BaseException as error:
         answer = {"error": type(error).__name__, "says": str(error)}
     answer["seconds"] = time.perf_counter() - began
@@ -202,7 +203,7 @@ def test_what_a_command_line_sets(parse, arguments, key, value):
         ([f"--workdir={ROOT / 'main.py/x'}"], ": Not a directory"),
         (["--checkpoint=best"], "--checkpoint is for --mode=evaluate and --mode=predict and"),
         (["--mode=prepare", "--workdir=x"], "--workdir is for --mode=train and --mode=evaluate and"),
-        (["--mode=evaluate", "--output=x"], "--mode=attention and --mode=export, not for --mode=evaluate"),
+        (["--mode=evaluate", "--output=x"], "--mode=report and --mode=export, not for --mode=evaluate"),
         (["--mode=evaluate", "--checkpoint=²"], "--checkpoint=²: it must be newest, best or the number of a step"),
         (["--mode=evaluate", "--checkpoint=-3"], "--checkpoint=-3: it must be"),
         (["--mode=export"], "--mode=export needs --output=PATH or --torch_checkpoint=PATH, one of them"),
@@ -252,6 +253,15 @@ def test_formats_are_given_with_commas_or_one_by_one(parse):
         "torch",
         "stablehlo",
     ]
+
+
+def test_a_report_is_of_one_run_or_of_several_and_other_modes_of_one(parse, run):
+    several = parse("--mode=report", f"--workdir={run}", "--workdir=b", f"--workdir={run}", "--output=page.html")
+    assert (several["run"], several["config"]["seed"], several["output"]) == (str(run), 7, "page.html")
+    assert several["runs"] == [str(run), "b"]
+    assert parse("--mode=evaluate", f"--workdir={run}")["run"] == str(run)
+    refused = parse("--mode=evaluate", f"--workdir={run}", "--workdir=b")["says"]
+    assert refused == "--workdir is given 2 times; of --mode=evaluate it names one run"
 
 
 def test_the_workdir_is_that_of_the_recipe(parse):

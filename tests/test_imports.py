@@ -39,7 +39,8 @@ def test_parsing_a_command_line_imports_neither_jax_nor_tensorflow_nor_tfds():
 def test_what_draws_is_imported_by_the_modes_that_draw_alone():
     modes = ", ".join(f"resattn_jax.modes.{mode}" for mode in ("train", "evaluate", "predict"))
     assert loaded_by(f"import {modes}", "matplotlib", "jinja2") == []
-    assert loaded_by("import resattn_jax.modes.attention", "matplotlib", "matplotlib.pyplot") == ["matplotlib"]
+    drawing = "import resattn_jax.modes.attention, resattn_jax.modes.report"
+    assert loaded_by(drawing, "matplotlib", "matplotlib.pyplot") == ["matplotlib"]
 
 
 def test_what_data_workers_import_imports_no_jax():
@@ -54,7 +55,17 @@ LAYERS = [
     ["main"],
     ["__main__"],
     ["modes", "modes.*"],
-    ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "report", "report.*", "experiment"],
+    [
+        "classifier",
+        "export.*",
+        "on_board",
+        "fine_tune",
+        "mask_statistics",
+        "mistakes",
+        "report",
+        "report.*",
+        "experiment",
+    ],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import built, examples
+from sklearn.metrics import confusion_matrix
 
 from resattn_jax.data.resident import ResidentEval
 from resattn_jax.metrics import compute, is_better, sums
@@ -22,6 +23,12 @@ def test_a_case_worked_by_hand():
     assert got["top5"] == 1.0  # three classes: all are among the first five
     assert got["loss"] == pytest.approx((np.log(2) + np.log(4)) / 2, rel=1e-6)
     assert got["class_top1"] == [1.0, 0.0, None]
+    assert got["confusion"] == [[1, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_the_confusions_of_many_classes_are_not_kept():
+    got = [compute([sums(jnp.zeros((2, n)), jnp.array([0, 1]), jnp.array([True, True]))]) for n in (40, 41)]
+    assert ["confusion" in values for values in got] == [True, False]
 
 
 def test_top5_of_ten_classes():
@@ -64,6 +71,7 @@ def test_an_evaluation_is_exact_whatever_the_batch_and_the_devices(tiny_config, 
     assert got["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean())
     assert got["loss"] == pytest.approx(-log_softmax[np.arange(53), labels].mean(), rel=1e-5)
     assert got["class_top1"] == pytest.approx([hits[labels == c].mean() for c in range(10)])
+    np.testing.assert_array_equal(got["confusion"], confusion_matrix(labels, order[:, 0], labels=range(10)))
     gaps = [(bins == b).mean() * abs(hits[bins == b].mean() - confidence[bins == b].mean()) for b in set(bins)]
     assert got["ece"] == pytest.approx(sum(gaps), rel=1e-5)
 

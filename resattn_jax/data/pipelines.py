@@ -64,6 +64,9 @@ class EvalStream(Protocol):
 
     def __iter__(self) -> Iterator[tuple[Any, jax.Array]]: ...
 
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the split that this host's part of batch `step` has, int32 [B]; they mean nothing unmasked."""
+
 
 class TrainingData:
     """Both splits of a config's data set, opened, and what a net has to know of them."""

@@ -70,11 +70,14 @@ class ResidentEval:
 
     def __iter__(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """(rows int32 [B], mask bool [B]) of each batch: every example once, the last batch filled up."""
-        for start in range(0, len(self._rows), self._batch_size):
-            rows = self._rows[start : start + self._batch_size]
-            mask = np.arange(self._batch_size) < len(rows)
-            rows = np.pad(rows, (0, self._batch_size - len(rows)))
-            yield put(rows, self._mesh, P("data")), put(mask, self._mesh, P("data"))
+        for step in range(-(-len(self._rows) // self._batch_size)):
+            mask = np.arange(self._batch_size) < len(self._rows) - step * self._batch_size
+            yield put(self.rows(step), self._mesh, P("data")), put(mask, self._mesh, P("data"))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the split that batch `step` has, int32 [B]; where it is filled up they mean nothing."""
+        rows = self._rows[step * self._batch_size : (step + 1) * self._batch_size]
+        return np.pad(rows, (0, self._batch_size - len(rows)))
 
 
 def put(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:

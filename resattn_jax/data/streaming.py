@@ -138,6 +138,10 @@ class StreamingEval:
         finally:
             prefetched.close()
 
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the split that this host's part of batch `step` has; where it is filled up they are -1."""
+        return self._batches.rows(step)
+
     def _put(self, batch: Batch) -> list[jax.Array]:
         return [self._shards.put(array) for array in (batch.images, batch.labels, batch.mask)]
 

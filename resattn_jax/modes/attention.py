@@ -61,7 +61,7 @@ def looks_at(net: Classifier, given: tuple[str, ...]) -> Iterator[Look]:
     seen, last = 0, ""
     for name, image, label in named:
         try:
-            yield look(net, _pixels(name, image, net.spec), name, label)
+            yield look(net, pixels(name, image, net.spec), name, label)
             seen += 1
         except UsageError as error:
             last = str(error)
@@ -86,7 +86,8 @@ def _named(net: Classifier, text: str) -> Iterator[tuple[str, str | bytes, str |
         yield source.name(row), content, net.labels[label]
 
 
-def _pixels(name: str, image: str | bytes, spec: DataSpec) -> Image:
+def pixels(name: str, image: str | bytes, spec: DataSpec) -> Image:
+    """A picture as `look` takes it. image: a path, or the content of a file. Raises UsageError."""
     if isinstance(image, str):
         return image
     try:

@@ -27,12 +27,14 @@ from resattn_jax.fine_tune import start_from
 from resattn_jax.metrics import is_better, scalars
 from resattn_jax.models.count import count_multiply_adds, count_parameters
 from resattn_jax.report.console import Startup
+from resattn_jax.report.contact_sheet import contact_sheet
 from resattn_jax.report.training import Report
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS, Signals
 from resattn_jax.state import Progress, TrainState
 from resattn_jax.watchdog import Watchdog
 
+SHOWN = 16  # images of the first batch that TensorBoard has
 MOST_IN_A_ROW = 10  # steps that are not finite, one after the other, until a run that skips them has broken down
 
 
@@ -139,7 +141,7 @@ class Training:
         self.best, self.skipped_before = progress.best, progress.skipped
         self.not_finite, self.not_finite_in_a_row = progress.not_finite, progress.not_finite_in_a_row
         self.since_log = StepMeans(progress.since_log)
-        self.report.begin(self.step)
+        self.report.begin(self.step, self.config, runtime.describe_versions(self.experiment.mesh))
 
     def compile(self) -> None:
         """Compiles the train step ahead of the first, so that its time is told apart."""
@@ -187,6 +189,8 @@ class Training:
         until_due = (n - self.step % n for n in self.experiment.every.values() if n)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
+        if self.step == 0:
+            self.show(batches)
         span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
         self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span)
         if not self.warm:
@@ -196,6 +200,12 @@ class Training:
         self.look()  # at the dispatch before, while this one runs, so that the device never waits
         self._running = self.step, count, metrics
         self.step += count
+
+    def show(self, batches: Any) -> None:
+        """Shows TensorBoard the first batch; the time of it is not one of training."""
+        self.report.batch(contact_sheet(self.experiment, self.train, batches, SHOWN))
+        self.startup.done("a picture of the first batch")
+        self.clock.start(self.step)
 
     def look(self) -> None:
         """Adds the metrics of the dispatch before. Raises RunError as `stumble` does."""
@@ -291,7 +301,7 @@ class Training:
         rate = self.clock.mean
         best = self.best or {**final, "step": self.step}
         result = {"step": self.step, "train_images_per_second": rate, "final": final, "best": dict(best)}
-        self.report.result(result)
+        self.report.result(result, self.experiment.spec.class_names)
         if rate:
             self.report.say(
                 f"{self.clock.images:,} images in {self.clock.seconds:.1f} s of training: {rate:,.0f} images/s"

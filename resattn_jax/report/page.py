@@ -62,4 +62,4 @@ def write_files(folder: epath.PathLike, files: dict[str, bytes]) -> None:
 
 def _finalize(value: Any) -> Any:
     """What is put out of a value: a text in one line. What a template made itself stays as it is."""
-    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+    return value if hasattr(value, "__html__") else printable(str(value))

@@ -5,17 +5,22 @@ One process of a run reports; on the other hosts of a cluster every method does 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import clu.parameter_overview
 import jax
+import ml_collections
+import numpy as np
+import PIL.Image
 import rich.console
 import rich.progress
 import rich.table
 import tensorboardX
 
 from resattn_jax.report.console import metrics_table
+from resattn_jax.report.tensorboard import confusion_picture, hyper_parameters
 from resattn_jax.run import Run
 
 _FORMATS = {"top1": "{:.2%}", "top5": "{:.2%}", "ece": "{:.2%}", "images_per_second": "{:,.0f}", "examples": "{:,}"}
@@ -30,6 +35,8 @@ class Report:
             return
         self._console = rich.console.Console(highlight=False)
         self._run, self._total = run, total_steps
+        self._size: dict[str, int] = {}
+        self._confusion: tuple[int, list[list[int]]] | None = None  # of the newest evaluation
         self._events: tensorboardX.SummaryWriter | None = None
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("step"),
@@ -59,12 +66,27 @@ class Report:
         if self._active:
             self._console.print(text, markup=False, soft_wrap=True)
 
-    def begin(self, step: int) -> None:
-        """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes."""
+    def begin(self, step: int, config: ml_collections.ConfigDict, about: Mapping[str, Any]) -> None:
+        """Begins after `step`, the one a run goes on from: what was logged after it is logged again, so it goes.
+
+        config: the hyper-parameters that TensorBoard compares runs by. about: kept in started.jsonl, with the time and
+        the size of the net.
+        """
         if self._active:
             self._run.forget_after(step)
+            now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            self._run.start({"step": step, "date": now, **about, **self._size})
             self._events = tensorboardX.SummaryWriter(str(self._run.logs), purge_step=step + 1)
+            experiment, start, self._end = hyper_parameters(config)
+            for summary in (experiment, start):
+                self._events.file_writer.add_summary(summary)
             self._progress.update(self._task, completed=step)
+
+    def batch(self, sheet: PIL.Image.Image) -> None:
+        """Shows TensorBoard the first training batch as the net sees it."""
+        if self._active:
+            assert self._events
+            self._events.add_image("train/batch", np.asarray(sheet), 0, dataformats="HWC")
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
         """Moves the progress line."""
@@ -80,6 +102,8 @@ class Report:
         if not self._active:
             return
         assert self._events
+        if "confusion" in metrics:
+            self._confusion = step, metrics["confusion"]
         self._run.log({"step": step, **{f"{split}/{k}": v for k, v in metrics.items()}})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         for name, value in numbers.items():
@@ -107,14 +131,26 @@ class Report:
         table.columns[1].justify = "right"
         for name, block in blocks.items():
             table.add_row(name, f"{clu.parameter_overview.count_parameters(block):,}")
-        table.add_row("total", f"{clu.parameter_overview.count_parameters(params):,}", style="bold")
+        total = int(clu.parameter_overview.count_parameters(params))
+        self._size = {"parameters": total, "multiply_adds": multiply_adds}
+        table.add_row("total", f"{total:,}", style="bold")
         self._console.print(table)
         listed = self._run.path / "parameters.txt"
         self.say(f"multiply-adds an image: {multiply_adds / 1e9:.3f} G; every parameter is listed in {listed}")
 
-    def result(self, result: dict[str, Any]) -> None:
-        """Writes result.json and prints the table at the end: the last step's metrics and the best's."""
+    def result(self, result: dict[str, Any], class_names: Sequence[str]) -> None:
+        """Writes result.json and prints the table at the end: the last step's metrics and the best's.
+
+        TensorBoard gets the confusion matrix, where the run was measured in this process and has no more than 40
+        classes.
+        """
         if self._active:
+            assert self._events
+            if self._confusion:
+                step, counts = self._confusion
+                picture = confusion_picture(counts, class_names)
+                self._events.add_image("eval/confusion", picture, step, dataformats="HWC")
+            self._events.file_writer.add_summary(self._end)
             self._run.write_result(result)
             rows = {"last": {"step": result["step"], **result["final"]}, "best top-1": result["best"]}
             self._console.print(metrics_table(rows))

@@ -1,0 +1,58 @@
+"""What TensorBoard has of a run beside its curves: hyper-parameters, so that it compares runs, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+import tensorboardX.summary
+
+from resattn_jax.config import flatten
+from resattn_jax.errors import printable
+
+COMPARED = ("eval/top1", "eval/top5", "eval/loss", "eval/ece", "train/images_per_second")  # scalars that are logged
+
+_CELL, _NAMES, _LETTERS = 34, 120, 18  # pixels of a cell and of the names at its side; letters of a name
+
+
+def hyper_parameters(config: ml_collections.ConfigDict) -> tuple[Any, Any, Any]:
+    """Three summaries: which keys and metrics the tab HPARAMS has, the values at the start of a run, and its end.
+
+    Written into the event file of the run itself they make a row of it, beside those of other runs below a folder.
+    """
+    values = {key: _plain(value) for key, value in flatten(config).items()}
+    experiment, start, end = tensorboardX.summary.hparams(values, dict.fromkeys(COMPARED, 0.0))
+    return experiment, start, end
+
+
+def _plain(value: Any) -> Any:
+    """A value that has a type there: None and tuples as texts."""
+    return value if isinstance(value, bool | int | float) else printable(str(value))
+
+
+def confusion_picture(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> np.ndarray:
+    """uint8 [H, W, 3]: a row for each class, with its name; darker is a larger share of the row; counts in the cells.
+
+    A column is the class of the row with its number.
+    """
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    sheet = PIL.Image.new("RGB", (_NAMES + _CELL * len(counts) + 1, _CELL * (len(counts) + 1) + 1), "white")
+    draw, font = PIL.ImageDraw.Draw(sheet), PIL.ImageFont.load_default(11)
+    for i, name in enumerate(names):
+        y = _CELL * (i + 1)
+        draw.text((4, y + 10), f"{i} {printable(name)[:_LETTERS]}", "black", font)
+        draw.text((_NAMES + _CELL * i + 10, 10), str(i), "black", font)
+        for j in range(len(counts)):
+            x, share = _NAMES + _CELL * j, float(shares[i, j])
+            full = np.array((26, 127, 75) if i == j else (179, 54, 31))
+            red, green, blue = (int(value) for value in np.round(255 + share * (full - 255)))
+            draw.rectangle((x, y, x + _CELL, y + _CELL), (red, green, blue), "#dddddd")
+            if counts[i, j]:
+                draw.text((x + 4, y + 10), str(counts[i, j]), "white" if share > 0.5 else "black", font)
+    return np.asarray(sheet)
