@@ -74,7 +74,7 @@ def calls(script, folder):
     """The programs that a shell calls for a script, with their arguments; also on the hosts that gcloud calls."""
     (folder / "calls").write_text("")
     path = f"{folder / 'programs'}:/usr/bin:/bin"
-    subprocess.run(["bash", "-e", "-c", script], cwd=folder, env={"PATH": path}, check=True)
+    subprocess.run(["bash", "-e", "-c", script], cwd=folder, env={"PATH": path, "BUCKET": "bucket"}, check=True)
     called = [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
     remote = [argument.removeprefix("--command=") for call in called for argument in call if "--command=" in argument]
     return called + [call for inner in remote for call in calls(inner, folder)]

@@ -55,22 +55,13 @@ LAYERS = [
     ["main"],
     ["__main__"],
     ["modes", "modes.*"],
-    [
-        "classifier",
-        "export.*",
-        "on_board",
-        "fine_tune",
-        "mask_statistics",
-        "mistakes",
-        "report",
-        "report.*",
-        "experiment",
-    ],
+    ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
+    ["experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files"]
-    + ["signals", "watchdog", "buckets", "errors"],
+    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog"],
+    ["signals", "errors"],
 ]
 
 
