@@ -111,7 +111,7 @@ def _events(run: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value), …]} as TensorBoard shows them: a start forgets what was written from its first step on."""
     shown: dict[str, dict[int, float]] = collections.defaultdict(dict)
     for file in sorted(run.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime_ns):
-        for event in _read_events(file.read_bytes()):
+        for event in read_events(file.read_bytes()):
             if event.HasField("session_log"):
                 for steps in shown.values():
                     for step in [step for step in steps if step >= event.step]:
@@ -122,7 +122,7 @@ def _events(run: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(steps.items()) for tag, steps in shown.items()}
 
 
-def _read_events(data: bytes) -> Iterator[Event]:
+def read_events(data: bytes) -> Iterator[Event]:
     """The whole records of an event file: a length of 8 bytes, 4 of a checksum, the record, 4 of a checksum."""
     place = 0
     while place + 12 <= len(data):

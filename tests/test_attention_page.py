@@ -5,6 +5,7 @@ import json
 import re
 import types
 
+import jax
 import matplotlib
 import numpy as np
 import PIL.Image
@@ -13,7 +14,8 @@ from helpers import plain_spec, random_variables
 
 from resattn_jax.classifier import Classifier
 from resattn_jax.errors import UsageError
-from resattn_jax.export import write_folder
+from resattn_jax.export.folder import write_folder
+from resattn_jax.export.portable import TrainedNet
 from resattn_jax.mask_statistics import ModuleStatistics, Summary
 from resattn_jax.modes.attention import looks_at, run, summarise_net, write_looks, write_summary
 from resattn_jax.report.attention import chosen_channels
@@ -150,7 +152,9 @@ def test_the_summary_is_a_table_a_page_and_json(net, tmp_path):
 
 
 def test_the_mode_opens_an_exported_net_and_writes_into_its_folder(net, pictures, tmp_path, capsys):
-    write_folder(Run(tmp_path / "net"), net.config, net.spec, net.variables)
+    variables = jax.device_get(net.variables)
+    taken = TrainedNet(config=net.config, spec=net.spec, variables=variables, step=1, metrics={})
+    write_folder(Run(tmp_path / "net"), taken)
     line = {
         "config": net.config,
         "run": Run(tmp_path / "net"),

@@ -15,7 +15,8 @@ from configs import digits
 from resattn_jax.classifier import Classifier
 from resattn_jax.data.listing import list_pictures, split_rows
 from resattn_jax.errors import UsageError
-from resattn_jax.export import write_folder
+from resattn_jax.export.folder import write_folder
+from resattn_jax.export.portable import TrainedNet
 from resattn_jax.modes.predict import predict_files
 from resattn_jax.report import predictions
 from resattn_jax.run import Run
@@ -143,7 +144,10 @@ def test_the_command_line_labels_pictures_with_an_exported_net(net, folder, tmp_
     """A folder that an export wrote, in place of a run; one picture is broken."""
     config = digits.get_config()
     net = Classifier(config, plain_spec(), {})
-    write_folder(Run(tmp_path / "net"), config, net.spec, random_variables(net.model, (8, 8, 1)))
+    variables = random_variables(net.model, (8, 8, 1))
+    write_folder(
+        Run(tmp_path / "net"), TrainedNet(config=config, spec=net.spec, variables=variables, step=1, metrics={})
+    )
     (folder / "broken.png").touch()
 
     def main(*arguments):

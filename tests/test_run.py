@@ -7,9 +7,9 @@ import tarfile
 
 import numpy as np
 import pytest
-import tensorboardX
 from helpers import ROOT, built, lines, plain_spec
 
+from benchmarks.kills import read_events
 from configs import digits
 from resattn_jax.checkpoint import Reader, Writer
 from resattn_jax.cli import parse_config
@@ -19,6 +19,7 @@ from resattn_jax.metrics import best_step
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.export import export_folder
 from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.report.tensorboard import EventFile
 from resattn_jax.run import Run
 from resattn_jax.state import Progress
 
@@ -137,9 +138,17 @@ def test_a_run_goes_on_by_its_folder_alone(old_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint=best"], "--checkpoint is for --mode=evaluate and --mode=export, not for --mode=train"),
+        (
+            ["--checkpoint=best"],
+            "--checkpoint is for --mode=evaluate and --mode=predict and --mode=attention and --mode=export, not for"
+            " --mode=train",
+        ),
         (["--mode=prepare", "--workdir=x"], "--workdir is for "),
-        (["--mode=evaluate", "--output=x"], "--output is for --mode=export, not for --mode=evaluate"),
+        (
+            ["--mode=evaluate", "--output=x"],
+            "--output is for --mode=predict and --mode=attention and --mode=report and --mode=export, not for"
+            " --mode=evaluate",
+        ),
         (["--torch_checkpoint=x.pth"], "--torch_checkpoint is for --mode=import and --mode=export, not for"),
     ],
 )
@@ -263,21 +272,29 @@ def test_the_home_folder_is_found(monkeypatch, tmp_path):
     assert str(Run("~/runs/a")) == str(tmp_path / "runs/a")
 
 
-def test_tensorboard_forgets_the_steps_that_are_trained_again(tiny_config, one_device, tmp_path, monkeypatch):
-    begun = []
-    writer = tensorboardX.SummaryWriter
-
-    def record(*args, **options):
-        begun.append(options["purge_step"])
-        return writer(*args, **options)
-
-    monkeypatch.setattr(tensorboardX, "SummaryWriter", record)
+def test_tensorboard_forgets_the_steps_that_are_trained_again(tiny_config, one_device, tmp_path):
     tiny_config.schedule.name = "constant"
     tiny_config.total_steps = 6
     train_and_evaluate(tiny_config, tmp_path, one_device)
     tiny_config.total_steps = 8
     train_and_evaluate(tiny_config, tmp_path, one_device)
-    assert begun == [1, 7]
+    files = sorted(tmp_path.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime_ns)
+    starts = [[e.step for e in read_events(f.read_bytes()) if e.HasField("session_log")] for f in files]
+    assert starts == [[1], [7]]
+
+
+def test_what_was_logged_is_in_tensorboards_file_before_the_next_step(tmp_path):
+    """A process that is killed takes no queue with it: here the file is read while the writer is open."""
+    events = EventFile(tmp_path, purge_step=1)
+    events.scalar("train/loss", 0.5, 20)
+    events.flush()
+    [file] = tmp_path.iterdir()
+    assert [(e.step, [v.tag for v in e.summary.value]) for e in read_events(file.read_bytes())] == [
+        (0, []),
+        (1, []),
+        (20, ["train/loss"]),
+    ]
+    events.close()
 
 
 # ---- Checkpoints.

@@ -204,7 +204,7 @@ class Training:
     def show(self, batches: Any) -> None:
         """Shows TensorBoard the first batch; the time of it is not one of training."""
         self.report.batch(contact_sheet(self.experiment, self.train, batches, SHOWN))
-        self.startup.done("a picture of the first batch")
+        self.startup.done("drawing the first batch")
         self.clock.start(self.step)
 
     def look(self) -> None:

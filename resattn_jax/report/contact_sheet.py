@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax.data.pipelines import TrainStream
@@ -34,9 +34,14 @@ def contact_sheet(experiment: Experiment, train: TrainStream, batches: Any, coun
 
     specs = (P(), P(None, "data"))
     spread = jax.shard_map(inputs, mesh=experiment.mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-    images, targets = multihost_utils.process_allgather(jax.jit(spread)(train.arrays, batches), tiled=True)
-    pixels = np.clip((images[:count] * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
-    return _drawn(pixels, [_caption(target, names, recipe.label_smoothing) for target in targets[:count]])
+
+    def shown(arrays: Any, batches: Any) -> Any:
+        return jax.tree.map(lambda x: x[:count], spread(arrays, batches))  # no host may have room for the whole batch
+
+    everywhere = NamedSharding(experiment.mesh, P())
+    images, targets = map(np.asarray, jax.jit(shown, out_shardings=everywhere)(train.arrays, batches))
+    pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return _drawn(pixels, [_caption(target, names, recipe.label_smoothing) for target in targets])
 
 
 def _caption(target: np.ndarray, names: tuple[str, ...], smoothing: float) -> str:

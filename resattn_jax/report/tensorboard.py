@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resattn_jax.config import flatten
 from resattn_jax.errors import printable
@@ -18,6 +22,43 @@ from resattn_jax.errors import printable
 COMPARED = ("eval/top1", "eval/top5", "eval/loss", "eval/ece", "train/images_per_second")  # scalars that are logged
 
 _CELL, _NAMES, _LETTERS = 34, 120, 18  # pixels of a cell and of the names at its side; letters of a name
+
+
+class EventFile:
+    """What TensorBoard reads of a run, written at once and in order.
+
+    tensorboardX's SummaryWriter keeps what was added in a queue, which a process that is killed takes with it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], purge_step: int):
+        """TensorBoard forgets what other files in the folder have from `purge_step` on. Raises OSError."""
+        suffix = f".{os.getpid()}.{purge_step}"  # its name else has the second alone
+        self._writer = EventsWriter(os.path.join(folder, "events"), suffix)
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, summary: Any, step: int = 0) -> None:
+        """Adds a summary of a step. It is on the disk after `flush`."""
+        self._write(Event(step=step, summary=summary))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Adds a number."""
+        self.add(tensorboardX.summary.scalar(name, value), step)
+
+    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
+        """Adds a picture, uint8 [H, W, 3]."""
+        self.add(tensorboardX.summary.image(name, pixels, dataformats="HWC"), step)
+
+    def flush(self) -> None:
+        """Returns when all that was added is on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and ends the file."""
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
 
 def hyper_parameters(config: ml_collections.ConfigDict) -> tuple[Any, Any, Any]:

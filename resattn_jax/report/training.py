@@ -17,10 +17,9 @@ import PIL.Image
 import rich.console
 import rich.progress
 import rich.table
-import tensorboardX
 
 from resattn_jax.report.console import metrics_table
-from resattn_jax.report.tensorboard import confusion_picture, hyper_parameters
+from resattn_jax.report.tensorboard import EventFile, confusion_picture, hyper_parameters
 from resattn_jax.run import Run
 
 _FORMATS = {"top1": "{:.2%}", "top5": "{:.2%}", "ece": "{:.2%}", "images_per_second": "{:,.0f}", "examples": "{:,}"}
@@ -37,7 +36,7 @@ class Report:
         self._run, self._total = run, total_steps
         self._size: dict[str, int] = {}
         self._confusion: tuple[int, list[list[int]]] | None = None  # of the newest evaluation
-        self._events: tensorboardX.SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
@@ -74,19 +73,23 @@ class Report:
         """
         if self._active:
             self._run.forget_after(step)
+            for row in self._run.metrics:
+                if "eval/confusion" in row:
+                    self._confusion = row["step"], row["eval/confusion"]
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
             self._run.start({"step": step, "date": now, **about, **self._size})
-            self._events = tensorboardX.SummaryWriter(str(self._run.logs), purge_step=step + 1)
+            self._events = EventFile(self._run.logs, purge_step=step + 1)
             experiment, start, self._end = hyper_parameters(config)
             for summary in (experiment, start):
-                self._events.file_writer.add_summary(summary)
+                self._events.add(summary)
             self._progress.update(self._task, completed=step)
 
     def batch(self, sheet: PIL.Image.Image) -> None:
         """Shows TensorBoard the first training batch as the net sees it."""
         if self._active:
             assert self._events
-            self._events.add_image("train/batch", np.asarray(sheet), 0, dataformats="HWC")
+            self._events.image("train/batch", np.asarray(sheet), 0)
+            self._events.flush()  # a run that goes on does not draw it again
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
         """Moves the progress line."""
@@ -107,7 +110,7 @@ class Report:
         self._run.log({"step": step, **{f"{split}/{k}": v for k, v in metrics.items()}})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         for name, value in numbers.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.scalar(f"{split}/{name}", value, step)
         self._events.flush()
         self._run.logged()
         if split != "train" or not self._console.is_terminal:
@@ -141,16 +144,15 @@ class Report:
     def result(self, result: dict[str, Any], class_names: Sequence[str]) -> None:
         """Writes result.json and prints the table at the end: the last step's metrics and the best's.
 
-        TensorBoard gets the confusion matrix, where the run was measured in this process and has no more than 40
-        classes.
+        TensorBoard gets the confusion matrix, where there are no more than 40 classes.
         """
         if self._active:
             assert self._events
             if self._confusion:
                 step, counts = self._confusion
-                picture = confusion_picture(counts, class_names)
-                self._events.add_image("eval/confusion", picture, step, dataformats="HWC")
-            self._events.file_writer.add_summary(self._end)
+                self._events.image("eval/confusion", confusion_picture(counts, class_names), step)
+            self._events.add(self._end)
+            self._events.flush()
             self._run.write_result(result)
             rows = {"last": {"step": result["step"], **result["final"]}, "best top-1": result["best"]}
             self._console.print(metrics_table(rows))
