@@ -73,9 +73,10 @@ class Report:
         """
         if self._active:
             self._run.forget_after(step)
-            for row in self._run.metrics:
-                if "eval/confusion" in row:
-                    self._confusion = row["step"], row["eval/confusion"]
+            if not (self._run.path / "result.json").exists():  # else TensorBoard has them already
+                for row in self._run.metrics:
+                    if "eval/confusion" in row:
+                        self._confusion = row["step"], row["eval/confusion"]
             now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
             self._run.start({"step": step, "date": now, **about, **self._size})
             self._events = EventFile(self._run.logs, purge_step=step + 1)
