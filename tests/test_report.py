@@ -13,10 +13,10 @@ import PIL.Image
 import pytest
 from helpers import lines
 from sklearn.calibration import calibration_curve
-from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 import resattn_jax
+from benchmarks.kills import read_events
 from resattn_jax.classifier import load
 from resattn_jax.config import flatten
 from resattn_jax.configs import default
@@ -311,10 +311,7 @@ def test_many_classes_are_listed_by_their_confusions(trained):
 def events(folder):
     """The values of the event files of a run, in order: (step, value)."""
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        content = path.read_bytes()
-        while content:  # length, its checksum, the event, its checksum
-            size = int.from_bytes(content[:8], "little")
-            event, content = Event.FromString(content[12 : 12 + size]), content[16 + size :]
+        for event in read_events(path.read_bytes()):
             yield from ((event.step, value) for value in event.summary.value)
 
 
