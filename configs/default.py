@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.log_every = "100 steps"
     c.on_nan = "fail"  # a step whose loss or gradient is not finite: fail (the run ends) | skip (it changes nothing)
     c.watchdog_minutes = 10.0  # without a step for so long it is told, once, what every thread does; 0: never
+    c.tracker = placeholder(str)  # wandb: what TensorBoard's curves have goes there too (pip install '.[wandb]')
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"

@@ -241,6 +241,7 @@ RULES: dict[str, Rule] = {
     "log_every": optional(duration(**_FREE)),
     "on_nan": choice(("fail", "skip"), absent="fail", **_FREE),
     "watchdog_minutes": real(0, 1e6, absent=10.0, **_FREE),
+    "tracker": optional(choice(("wandb",), **_FREE)),
     "model.name": choice(NETS),
     "model.dtype": choice(("auto", "float32", "bfloat16"), absent="auto", **_MEASURED),
     "model.remat": flag(absent=False, **_FREE),

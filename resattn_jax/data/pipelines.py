@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from resattn_jax.config import why_streamed
 from resattn_jax.data import resident, streaming
 from resattn_jax.data.label_noise import NoisySource
-from resattn_jax.data.pictures import exif_orientation
+from resattn_jax.data.pictures import BrokenPicture, Picture, exif_orientation
 from resattn_jax.data.sources import Examples, Source, Split, open_source, read
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
@@ -124,6 +124,19 @@ class TrainingData:
     def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:
         """The evaluation split's stream."""
         return _eval_stream(self._config, self.spec, self._eval, mesh, platform, batch_size)
+
+    def eval_pictures(self, count: int) -> np.ndarray:
+        """The first pictures of the evaluation split as the net is shown them: uint8 [N, H, W, C], the centre of each.
+
+        N is `count`, or less where there are fewer or some cannot be read. It opens no stream.
+        """
+        height, width, channels = self.spec.eval_shape
+        transform, found = dataclasses.replace(eval_transform(self._config, self.spec), views=1), []
+        for row in range(min(count, len(self._eval))):
+            with contextlib.suppress(BrokenPicture, OSError):  # the stream tells of them
+                picture = Picture(self._eval[row][0], upright=transform.upright)
+                found.append(transform(picture)[0, ..., :channels])  # a grey one has it three times
+        return np.stack(found) if found else np.zeros((0, height, width, channels), np.uint8)
 
     def turned(self, rows: Iterable[int]) -> int:
         """How many of some rows of the training split are pictures that EXIF orientation wants to be turned."""
