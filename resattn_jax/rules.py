@@ -236,7 +236,7 @@ RULES: dict[str, Rule] = {
     "total_epochs": optional(real(0, MOST_EPOCHS, above=True, **_FREE)),
     "total_steps": optional(whole(1, MOST_STEPS, **_FREE)),
     "sync_batch_norm": flag(absent=False),
-    "init_from": optional(text("write a workdir, WORKDIR:best or WORKDIR:STEP", "[^:].*")),
+    "init_from": optional(text("write a workdir, WORKDIR:best, WORKDIR:STEP or a net on board", "[^:].*")),
     "steps_per_dispatch": optional(whole(1, 10_000, **_FREE)),
     "log_every": optional(duration(**_FREE)),
     "on_nan": choice(("fail", "skip"), absent="fail", **_FREE),
