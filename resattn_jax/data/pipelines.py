@@ -110,16 +110,8 @@ class TrainingData:
             (augment.randaugment, augment.randaugment_magnitude),
             self.spec.exif_orientation,
         )
-        return streaming.StreamingTrain(
-            self._train,
-            transform,
-            seed=seed,
-            batch_size=batch_size,
-            workers=data.workers,
-            skip_broken=data.broken == "skip",
-            shares_host_memory=platform.shares_host_memory,
-            mesh=mesh,
-        )
+        reading = _reading(data, platform, mesh)
+        return streaming.StreamingTrain(self._train, transform, reading, seed=seed, batch_size=batch_size)
 
     def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:
         """The evaluation split's stream."""
@@ -296,16 +288,12 @@ def _eval_stream(
             f"the net was trained on images of {spec.image_shape[-1]} channel; {data.name} cannot be streamed to it,"
             " which gives 3, as another size, ten views or config.data.pipeline=streaming would"
         )
-    return streaming.StreamingEval(
-        source,
-        eval_transform(config, spec),
-        batch_size=batch_size,
-        max_examples=limit,
-        workers=data.workers,
-        skip_broken=data.broken == "skip",
-        shares_host_memory=platform.shares_host_memory,
-        mesh=mesh,
-    )
+    transform, reading = eval_transform(config, spec), _reading(data, platform, mesh)
+    return streaming.StreamingEval(source, transform, reading, batch_size=batch_size, max_examples=limit)
+
+
+def _reading(data: ml_collections.ConfigDict, platform: Platform, mesh: Mesh) -> streaming.Reading:
+    return streaming.Reading(data.workers, data.broken == "skip", platform.shares_host_memory, mesh)
 
 
 def _read(config: ml_collections.ConfigDict, source: Source) -> Examples:
