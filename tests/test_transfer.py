@@ -154,12 +154,13 @@ def test_another_nets_checkpoint_is_refused(tiny_config, one_device, tmp_path):
 
 def test_a_run_starts_from_a_net_on_board_and_from_an_exported_folder(tiny_config, one_device, tmp_path):
     tiny_config.model.name = "ra_tiny"
-    experiment = built(tiny_config, one_device)
+    shapes = built(tiny_config, one_device).abstract_state()
+    state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), one_device[0]), shapes)
     net = resattn_jax.load("digits/ra_tiny")
     folder = tmp_path / "exported"
     write_folder(Run(folder), TrainedNet(config=net.config, spec=net.spec, variables=net.variables, step=1, metrics={}))
     for source in ("digits/ra_tiny", "digits/ra_tiny:best", str(folder)):
-        started, _ = start_from(experiment.initial_state(), source, tiny_config)
+        started, _ = start_from(state, source, tiny_config)
         assert_same_bits(started.variables, net.variables)
     with pytest.raises(UsageError, match=r"is an exported net, which has no checkpoint '7'"):
-        start_from(experiment.initial_state(), f"{folder}:7", tiny_config)
+        start_from(state, f"{folder}:7", tiny_config)
