@@ -348,6 +348,8 @@ def test_every_seed_has_randomness_of_its_own():
     keys = {tuple(np.asarray(jax.random.key_data(random_key(seed, "x")))) for seed in seeds}
     assert len(keys) == len({np.random.default_rng(seed).integers(2**60) for seed in seeds}) == len(seeds)
     RULES["seed"].check("seed", seeds[-1])
+    key = jax.jit(lambda seed: jax.random.key_data(random_key(seed, "x")))
+    assert {tuple(np.asarray(key(np.uint32(seed)))) for seed in seeds} == keys  # as a step has them
 
 
 def test_a_net_for_larger_images_than_the_datas_is_refused():
