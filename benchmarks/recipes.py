@@ -210,7 +210,7 @@ def record_of(entry: Entry, workdir: pathlib.Path, result: dict[str, Any], piece
         "images_per_second": result["train_images_per_second"],
         "seconds": round(sum(pieces), 1),
         "pieces": len(pieces),
-        "hardware": about["devices"],
+        "hardware": records.cpu() if about["devices"] == "1 x cpu" else about["devices"],
         "versions": {key: about[key] for key in ("resattn_jax", "jax", "jaxlib", "flax", "optax", "python")},
         "date": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
         "commit": records.commit_of(ROOT),

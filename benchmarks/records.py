@@ -15,7 +15,10 @@ The record of a run has
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +61,14 @@ def commit_of(folder: pathlib.Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu() -> str:
+    """Such as "2 cores of AMD EPYC 9B14": the cores of this process, and their name where the system tells it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    info = pathlib.Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{cores} cores of {model[1] if model else platform.processor() or platform.machine()}"
 
 
 def by_name(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -69,10 +69,13 @@ def results_table(rows: Sequence[Mapping[str, str]], runs: Mapping[str, Sequence
 
 def accuracy(runs: Sequence[Record]) -> str:
     """Top-1 of the last epoch and of the best: means over the seeds."""
-    last = mean_and_spread([run["final"]["top1"] for run in runs], 100)
-    best = [run["best"]["top1"] for run in runs if run["best"]]
-    text = f"**{last} %** last epoch"
-    return f"{text}, {mean_and_spread(best, 100)} % best" if best else text
+    last, best = ([run[which]["top1"] for run in runs if run[which]] for which in ("final", "best"))
+    text = f"**{_percent(last)}** last epoch"
+    return f"{text}, {_percent(best)} best" if best else text
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * shares[0]:.4g} %" if len(shares) == 1 else f"{mean_and_spread(shares, 100)} %"
 
 
 def described(runs: Sequence[Record]) -> str:
