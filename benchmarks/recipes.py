@@ -130,10 +130,11 @@ def train(entry: Entry, folder: pathlib.Path, began: float) -> dict[str, Any]:
 
 
 def start_from(entry: Entry, folder: pathlib.Path) -> None:
-    """Gives a run that goes on from another one that one's checkpoint and log, unless it has begun.
+    """Gives a run that goes on from another one that one's log and its newest checkpoint up to a part of it.
 
-    Raises RunError when the other has no checkpoint at this part of it.
+    Nothing is done when it has begun. Raises RunError when the other has no such checkpoint.
     """
+    from resattn_jax.checkpoint import Reader
     from resattn_jax.config import Durations
     from resattn_jax.run import Run
 
@@ -144,16 +145,18 @@ def start_from(entry: Entry, folder: pathlib.Path) -> None:
     spec = Run(old).spec
     if spec is None:
         raise RunError(f"{old}, which it goes on from, has not begun")
-    step = round(Durations(entry.source.read_config(), spec.examples).total * entry.part / 100)
-    if not (old / "checkpoints" / str(step)).is_dir():
+    most = Durations(entry.source.read_config(), spec.examples).total * entry.part / 100
+    with Reader(old / "checkpoints") as checkpoints:
+        steps = [step for step in checkpoints.steps() if step <= most]
+    if not steps:
         raise RunError(
-            f"{old} has no checkpoint of step {step}; set checkpoint.every and keep_newest so that it is kept"
+            f"{old} has no checkpoint up to step {most:g}; checkpoint.every and keep_newest say what is kept"
         )
     (new / "checkpoints").mkdir(parents=True, exist_ok=True)
     shutil.copy(old / "metrics.jsonl", new)
     with tempfile.TemporaryDirectory(dir=new) as whole:
-        copied = shutil.copytree(old / "checkpoints" / str(step), pathlib.Path(whole) / str(step))
-        copied.rename(new / "checkpoints" / str(step))
+        copied = shutil.copytree(old / "checkpoints" / str(steps[-1]), pathlib.Path(whole) / "checkpoint")
+        copied.rename(new / "checkpoints" / str(steps[-1]))
 
 
 @contextlib.contextmanager
@@ -201,7 +204,7 @@ def record_of(entry: Entry, workdir: pathlib.Path, result: dict[str, Any], piece
         "command": command_of(entry),
         "overrides": dict(entry.overrides),
         "seed": entry.seed,
-        "goes_on_from": f"{entry.source.workdir} at {entry.part:g}%" if entry.source else None,
+        "goes_on_from": f"{entry.source.workdir} at step {run.starts[0]['step']}" if entry.source else None,
         "net": config.model.name,
         "data": config.data.name,
         "epochs": round(result["step"] * config.batch_size / spec.examples, 2),

@@ -3,7 +3,7 @@
 The record of a run has
     name, config, command    what it was called in its list, its recipe, and the command line that is the same run
     overrides, seed          what was set in the recipe, {"optimizer.weight_decay": 3e-4}
-    goes_on_from             "NAME_SEED at 87.5%" where it began with another run's checkpoint, else None
+    goes_on_from             "NAME_SEED at step 350" where it began with another run's checkpoint, else None
     net, data, epochs        the net, the data set, and how often it was seen
     final, best              {"top1", "top5", "loss", …} of the last evaluation and of the best, which has its "step"
     images_per_second        of training alone
