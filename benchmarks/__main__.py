@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -73,6 +74,10 @@ def _finds_gpu() -> bool:
     return done.stdout.strip() == "gpu"
 
 
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
 def _has_imagenet() -> bool:
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     return (pathlib.Path(folder).expanduser() / "imagenet2012").is_dir()
@@ -83,7 +88,8 @@ NEEDS: dict[str, tuple[Callable[[], bool], dict[str, str]]] = {
     "CPU": (lambda: True, {"JAX_PLATFORMS": "cpu"}),
     "GPU": (_finds_gpu, {}),
     "imagenet2012": (_has_imagenet, {}),
-    **{name: (lambda name=name: importlib.util.find_spec(name) is not None, {}) for name in ("libtpu", "psutil")},
+    "libtpu": (functools.partial(_is_installed, "libtpu"), {}),
+    "psutil": (functools.partial(_is_installed, "psutil"), {}),
 }
 
 
@@ -121,16 +127,14 @@ def measure(name: str, figure: Figure, folder: pathlib.Path = RESULTS) -> bool:
     for command in figure.commands:
         print(f"\n{name:16} python -m benchmarks.{command}", flush=True)
         module, *arguments = shlex.split(command)
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert process.stdout
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if (row := _object(line)) is not None:
-                rows.append({**row, **about(row), "command": f"python -m benchmarks.{command}"})
-        if process.wait():
+        run = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+        with subprocess.Popen(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if (row := _object(line)) is not None:
+                    rows.append({**row, **about(row), "command": f"python -m benchmarks.{command}"})
+        if process.returncode:
             return False
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return True

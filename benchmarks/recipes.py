@@ -149,9 +149,7 @@ def start_from(entry: Entry, folder: pathlib.Path) -> None:
     with Reader(old / "checkpoints") as checkpoints:
         steps = [step for step in checkpoints.steps() if step <= most]
     if not steps:
-        raise RunError(
-            f"{old} has no checkpoint up to step {most:g}; checkpoint.every and keep_newest say what is kept"
-        )
+        raise RunError(f"{old} has no checkpoint up to step {most:g}; checkpoint.every and keep_newest say which are")
     (new / "checkpoints").mkdir(parents=True, exist_ok=True)
     shutil.copy(old / "metrics.jsonl", new)
     with tempfile.TemporaryDirectory(dir=new) as whole:

@@ -11,7 +11,9 @@ import pytest
 from helpers import ROOT
 
 from benchmarks import recipes
-from benchmarks.recipe_list import read_list
+from benchmarks.recipe_list import read_list, rehearsed
+from resattn_jax.config import Durations, flatten
+from resattn_jax.errors import UsageError
 from resattn_jax.run import Run
 
 LISTS = sorted((ROOT / "benchmarks/lists").glob("*.toml"))
@@ -111,3 +113,78 @@ goes_on_from = "plain at 10%"
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [(row["name"], row["goes_on_from"]) for row in rows] == [("plain", None), ("decay", "plain_0 at step 5")]
     assert Run(tmp_path / "out/decay_0").starts[0]["step"] == 5
+
+
+# ---- Lists.
+
+
+@pytest.mark.parametrize("file", LISTS, ids=lambda file: file.stem)
+def test_every_run_of_a_list_can_be_trained_and_rehearsed(file):
+    """Its config is one, also as it is rehearsed: with the net's options, and durations of the same part of the run."""
+    entries = read_list(file)
+    short = rehearsed(entries)
+    assert [entry.workdir for entry in short] == [entry.workdir for entry in entries]
+    assert len({entry.workdir for entry in entries}) == len(entries)
+    for entry, small in zip(entries, short, strict=True):
+        config, rehearsal = flatten(entry.read_config()), flatten(small.read_config())
+        assert (rehearsal["total_steps"], rehearsal["model.name"]) == (8, "ra_tiny")
+        same = ("model.learning", "model.attention", "model.mask", "augment.mixup_alpha", "optimizer.weight_decay")
+        assert [config[key] for key in same] == [rehearsal[key] for key in same]
+        assert config["seed"] == entry.seed == rehearsal["seed"]
+
+
+def test_the_lists_hold_what_the_papers_tables_vary():
+    """Tables 1, 3, 4 and 5 on CIFAR-10, each variant with two seeds."""
+    runs = {entry.name: flatten(entry.read_config()) for entry in read_list(ROOT / "benchmarks/lists/paper.toml")}
+    assert {runs[f"{kind}_56"]["model.attention"] for kind in ("arl", "channel", "spatial")} == {
+        "mixed", "channel", "spatial"
+    }  # fmt: skip
+    for learning in ("arl", "nal"):
+        for depth in (56, 92, 128, 164):
+            run = runs[f"{learning}_{depth}"]
+            assert (run["model.learning"], run["model.name"]) == (learning, f"ra{depth}_cifar_slim")
+    assert runs["local_56"]["model.mask"] == "local_convolutions"
+    assert [runs[f"noise_{n}"]["data.label_noise"] for n in (10, 30, 50, 70)] == [0.1, 0.3, 0.5, 0.7]
+    assert all(run["data.name"] == "cifar10" and run["data.mean_image"] for run in runs.values())
+    seeds = [(entry.name, entry.seed) for entry in read_list(ROOT / "benchmarks/lists/paper.toml")]
+    assert seeds == [(name, seed) for seed in (0, 1) for name in runs]
+
+
+def test_a_rehearsal_keeps_the_parts_of_a_run(tmp_path):
+    file = tmp_path / "list.toml"
+    file.write_text("""
+config = "cifar10_ra92"
+set.total_epochs = 40.0
+set.schedule = {boundaries = ["10 epochs", "50%"], warmup = "2 epochs"}
+set.eval.every = "1 steps"
+[[run]]
+name = "one"
+""")
+    config = rehearsed(read_list(file))[0].read_config()
+    assert config.schedule.boundaries == ("25%", "50%")
+    assert (config.schedule.warmup, config.eval.every) == ("5%", "1 steps")  # of steps there are none to be a part of
+    assert Durations(config, 200)("schedule.boundaries") == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("", "lists no runs"),
+        ("[[run]]", "a run has the name None"),
+        ('[[run]]\nname = "a/b"', "a run has the name 'a/b'"),
+        ('[[run]]\nname = "a"\n[[run]]\nname = "a"', "two runs of the name a and the seed 0"),
+        ('[[run]]\nname = "a"\nseed = 1', r"the key 'seed' \(did you mean 'seeds'\?\)"),
+        ('[[run]]\nname = "a"\nseeds = 1', r"the seeds of a are 1; write a list such as \[0, 1\]"),
+        ('[[run]]\nname = "a"\nseeds = [-1]', "config.seed is -1"),
+        ('[[run]]\nname = "a"\nset.seed = 1', r"a sets the seed; write seeds = \[1\]"),
+        ('[[run]]\nname = "a"\nset.batch_sise = 1', r"a_0: there is no config.batch_sise \(did you mean"),
+        ('[[run]]\nname = "a"\nset.batch_size = "many"', "a_0: config.batch_size is 'many'"),
+        ('[[run]]\nname = "a"\ngoes_on_from = "b at 50%"', "a goes on from b, .* seed 0"),
+        ('[[run]]\nname = "a"\ngoes_on_from = "b"', "write 'NAME at 87.5%'"),
+        ("[[run", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_told_in_a_line(tmp_path, runs, message):
+    with pytest.raises(UsageError, match=message) as error:
+        read_list(listed(tmp_path, runs))
+    assert "\n" not in str(error.value)
