@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
 
     runtime.initialize()
     failed = run_all(entries, args.output)
+    if (table := args.output / "table.txt").exists():
+        print(f"\n{table.read_text(encoding='utf-8')}", end="", flush=True)
     for workdir, why in failed.items():
         print(f"failed   {workdir}: {why}", file=sys.stderr)
     return int(bool(failed))
@@ -89,15 +91,23 @@ def stop_after(seconds: float) -> None:
 
 
 def run_all(entries: Sequence[Entry], folder: pathlib.Path) -> dict[str, str]:
-    """Runs those that have no record yet; {workdir: why} of those that failed. Raises Interrupted on a signal."""
+    """Runs those that have no record yet; {workdir: why} of those that failed.
+
+    Raises UsageError when the folder holds other runs of these names, and Interrupted on a signal.
+    """
     results, failed, began = folder / "results.jsonl", {}, BEGAN
     for number, entry in enumerate(entries, 1):
-        done = {(record["name"], record["seed"]) for record in records.read_records(results)}
+        done = {(record["name"], record["seed"]): record["command"] for record in records.read_records(results)}
         if (entry.name, entry.seed) in done:
+            if done[entry.name, entry.seed] != command_of(entry):
+                raise UsageError(
+                    f"{folder} holds another run {entry.workdir}; choose another --output, or delete that one"
+                )
             continue
         print(f"\n—— {number} of {len(entries)}: {entry.workdir}\n   {command_of(entry)}", flush=True)
         try:
             records.append_record(results, train(entry, folder, began))
+            write_tables(entries, folder)
         except (UsageError, RunError) as error:
             failed[entry.workdir] = str(error)
         except Exception as error:  # the others go on
@@ -107,25 +117,30 @@ def run_all(entries: Sequence[Entry], folder: pathlib.Path) -> dict[str, str]:
             print(f"failed   {failed[entry.workdir]}", file=sys.stderr)
         if SIGNALS.received:  # at the very end of a run, which had nothing to stop any more
             raise Interrupted(SIGNALS.received, "stopped between two runs; the same command goes on")
+        free_devices()
         began = time.perf_counter()
-    write_tables(entries, folder)
     return failed
+
+
+def free_devices() -> None:
+    """Lets go of what a run had on the devices, arrays and programs, also where it failed."""
+    import jax
+
+    from resattn_jax.experiment import Experiment
+
+    Experiment.eval_step.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 def train(entry: Entry, folder: pathlib.Path, began: float) -> dict[str, Any]:
     """Trains a run to its end and returns its record. began: `time.perf_counter()` from when its time counts."""
-    from resattn_jax.experiment import Experiment
     from resattn_jax.modes.train import train_and_evaluate
 
     workdir = folder / entry.workdir
     with counted(folder / f"{entry.workdir}.pieces.json", began) as pieces:
-        config = entry.read_config()
         start_from(entry, folder)
-        try:
-            result = train_and_evaluate(config, workdir, began=began)
-        finally:
-            Experiment.eval_step.cache_clear()  # the memory of a device is for the next run
-            gc.collect()
+        result = train_and_evaluate(entry.read_config(), workdir, began=began)
     return record_of(entry, workdir, result, pieces)
 
 
@@ -224,14 +239,12 @@ def command_of(entry: Entry) -> str:
 
 
 def write_tables(entries: Sequence[Entry], folder: pathlib.Path) -> None:
-    """Writes the table of the list's runs that have a record, and prints it."""
+    """Writes the table of the list's runs that have a record."""
     listed = {(entry.name, entry.seed) for entry in entries}
     found = [r for r in records.read_records(folder / "results.jsonl") if (r["name"], r["seed"]) in listed]
     rows = records.table(found)
-    text = records.plain(records.HEAD, rows)
-    (folder / "table.txt").write_text(text, encoding="utf-8")
+    (folder / "table.txt").write_text(records.plain(records.HEAD, rows), encoding="utf-8")
     (folder / "table.md").write_text(records.markdown(records.HEAD, rows), encoding="utf-8")
-    print(f"\n{text}", end="", flush=True)
 
 
 def program() -> int:

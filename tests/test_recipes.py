@@ -23,8 +23,8 @@ config = "digits"
 set.total_epochs = "None"
 set.total_steps = 60
 set.batch_size = 16
-set.model = {p = 0, t = 1, last = 0}
-set.schedule.warmup = "0 steps"
+set.model = {p = 0, t = 1, r = 0, last = 0}
+set.schedule = {name = "constant", warmup = "0 steps"}
 set.log_every = "10 steps"
 set.checkpoint.every = "5 steps"
 """
@@ -86,33 +86,34 @@ def in_this_process(monkeypatch):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, in_this_process):
-    """And one that goes on from another takes over all of its state, optimizer and step, at that part of it."""
+    """And one that goes on from another does so from the newest checkpoint up to that part of it, 10 of 12 steps."""
     runs = """
 [[run]]
-name = "wild"
-set.schedule.learning_rate = 1000.0
-set.model.init = "pytorch"
-set.ema_decay = "None"
+name = "split"
+set.data.eval_split = "nowhere"
 [[run]]
 name = "plain"
-set.total_steps = 10
-set.checkpoint.keep_newest = 3
+set.total_steps = 12
 [[run]]
-name = "decay"
-set.total_steps = 10
-set.optimizer.weight_decay = 0.1
-goes_on_from = "plain at 50%"
+name = "other"
+set.total_steps = 20
+set.log_every = "3 steps"
+goes_on_from = "plain at 90%"
 [[run]]
 name = "too_early"
 goes_on_from = "plain at 10%"
 """
+    before = sum(array.nbytes for array in jax.live_arrays())
     failed = in_this_process(listed(tmp_path, runs), tmp_path / "out")
-    assert failed.keys() == {"wild_0", "too_early_0"}
-    assert "is nan" in failed["wild_0"]
-    assert "no checkpoint up to step 1" in failed["too_early_0"]
+    assert sum(array.nbytes for array in jax.live_arrays()) < before + 10_000  # not even the smallest set of weights
+    assert failed.keys() == {"split_0", "too_early_0"}
+    assert "nowhere" in failed["split_0"]
+    assert "no checkpoint up to step 1.2" in failed["too_early_0"]
     rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["goes_on_from"]) for row in rows] == [("plain", None), ("decay", "plain_0 at step 5")]
-    assert Run(tmp_path / "out/decay_0").starts[0]["step"] == 5
+    assert [(row["name"], row["goes_on_from"]) for row in rows] == [("plain", None), ("other", "plain_0 at step 10")]
+    with pytest.raises(UsageError, match="holds another run plain_0; choose another --output"):
+        in_this_process(listed(tmp_path, runs.replace("12", "13")), tmp_path / "out")
+    assert [row["step"] for row in Run(tmp_path / "out/other_0").metrics if "train/loss" in row] == [10, 12, 15, 18, 20]
 
 
 # ---- Lists.
