@@ -61,6 +61,11 @@ FIGURES = {
         tuple(f"{_TPU}={name}" for name in ("v5e:2x4", "v5e:16x16", "v6e:2x4", "v5p:2x2x2", "v4:2x2x2")),
         ("libtpu",),
     ),
+    "compiled_gpu": Figure(
+        "docs/performance.md, GPU",
+        ("compiled --config=configs/cifar10_ra92.py --topology=h100 --batch_per_chip=512",),
+        ("jax_cuda13_plugin",),
+    ),
     "input": Figure("docs/data.md", ("input --json=/dev/stdout",), ("imagenet2012",)),
     "kills": Figure("docs/reliability.md", ("kills --kills=100",), ("CPU",)),
     "long_run_cpu": Figure("docs/reliability.md", ("long_run --steps=10000",), ("CPU", "psutil")),
@@ -88,8 +93,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], dict[str, str]]] = {
     "CPU": (lambda: True, {"JAX_PLATFORMS": "cpu"}),
     "GPU": (_finds_gpu, {}),
     "imagenet2012": (_has_imagenet, {}),
-    "libtpu": (functools.partial(_is_installed, "libtpu"), {}),
-    "psutil": (functools.partial(_is_installed, "psutil"), {}),
+    **{name: (functools.partial(_is_installed, name), {}) for name in ("libtpu", "jax_cuda13_plugin", "psutil")},
 }
 
 
