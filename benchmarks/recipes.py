@@ -96,13 +96,12 @@ def run_all(entries: Sequence[Entry], folder: pathlib.Path) -> dict[str, str]:
     Raises UsageError when the folder holds other runs of these names, and Interrupted on a signal.
     """
     results, failed, began = folder / "results.jsonl", {}, BEGAN
+    done = {(record["name"], record["seed"]): record["command"] for record in records.read_records(results)}
+    for entry in entries:
+        if done.get((entry.name, entry.seed), command_of(entry)) != command_of(entry):
+            raise UsageError(f"{folder} holds another run {entry.workdir}; choose another --output, or delete that one")
     for number, entry in enumerate(entries, 1):
-        done = {(record["name"], record["seed"]): record["command"] for record in records.read_records(results)}
         if (entry.name, entry.seed) in done:
-            if done[entry.name, entry.seed] != command_of(entry):
-                raise UsageError(
-                    f"{folder} holds another run {entry.workdir}; choose another --output, or delete that one"
-                )
             continue
         print(f"\n—— {number} of {len(entries)}: {entry.workdir}\n   {command_of(entry)}", flush=True)
         try:
@@ -179,14 +178,13 @@ def counted(file: pathlib.Path, began: float) -> Iterator[list[float]]:
     Gives the seconds of all pieces; the last is that of this one, as far as it has come.
     """
     pieces: list[float] = [*(json.loads(file.read_text()) if file.exists() else []), 0.0]
-    ended, writing = threading.Event(), threading.Lock()
+    ended = threading.Event()
 
     def write() -> None:
-        with writing:
-            pieces[-1] = round(time.perf_counter() - began, 2)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(pieces) + "\n")
-            temporary.replace(file)
+        pieces[-1] = round(time.perf_counter() - began, 2)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(pieces) + "\n")
+        temporary.replace(file)
 
     def keep_writing() -> None:
         write()
