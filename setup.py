@@ -51,6 +51,7 @@ setup(
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
         "onnx": ["onnx>=1.20"],
+        "wandb": ["wandb>=0.19"],  # config.tracker
         "notebook": NOTEBOOK,
         "test": [
             "etils[epath-gcs]",
@@ -61,6 +62,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-xdist",
+            "wandb>=0.19",
             *NOTEBOOK,
         ],
         "lint": ["mypy", "ruff"],

@@ -91,23 +91,15 @@ def ours(args: argparse.Namespace, workers: int) -> Iterator[int]:
     import jax
 
     from resattn_jax.data.sources import open_source
-    from resattn_jax.data.streaming import StreamingTrain
+    from resattn_jax.data.streaming import Reading, StreamingTrain
     from resattn_jax.data.transforms import TrainTransform
     from resattn_jax.runtime import make_mesh, platform_of
 
     source = open_source(args.data, "train", args.data_dir)
     transform = TrainTransform(SIZE, True, AREA, ASPECT, (0, 0.0))
     mesh = make_mesh(jax.devices()[:1])
-    stream = StreamingTrain(
-        source,
-        transform,
-        seed=0,
-        batch_size=BATCH,
-        workers=workers,
-        skip_broken=False,
-        shares_host_memory=platform_of(mesh).shares_host_memory,
-        mesh=mesh,
-    )
+    reading = Reading(workers, skip_broken=False, shares_host_memory=platform_of(mesh).shares_host_memory, mesh=mesh)
+    stream = StreamingTrain(source, transform, reading, seed=0, batch_size=BATCH)
     for step in itertools.count():
         yield stream.batches(step, 1)["image"].shape[1]
 

@@ -15,11 +15,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.total_epochs = placeholder(float)  # exactly one of these two is set
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
-    c.init_from = placeholder(str)  # a workdir to take the first weights from, or WORKDIR:best, or WORKDIR:STEP
+    c.init_from = placeholder(str)  # first weights: WORKDIR (or :best, :STEP), an exported folder, a net on board
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"
     c.on_nan = "fail"  # a step whose loss or gradient is not finite: fail (the run ends) | skip (it changes nothing)
     c.watchdog_minutes = 10.0  # without a step for so long it is told, once, what every thread does; 0: never
+    c.tracker = placeholder(str)  # wandb: what TensorBoard's curves have goes there too (pip install '.[wandb]')
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"

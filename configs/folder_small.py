@@ -13,7 +13,7 @@ from resattn_jax.configs import folder as own
 def get_config(folder: str | None = None) -> ml_collections.ConfigDict:
     c = own.get_config(folder)
     c.batch_size = 32
-    c.total_epochs = 30.0
+    c.total_epochs = 15.0
     c.log_every = "20 steps"
     c.model.name = "ra56_cifar_slim"
     c.data.image_size = 48

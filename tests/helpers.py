@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pathlib
+import signal
 import socket
 import struct
 import zlib
@@ -18,7 +19,7 @@ from configs import default
 from resattn_jax.checkpoint import Writer
 from resattn_jax.config import check_values
 from resattn_jax.data.pipelines import TrainingData
-from resattn_jax.data.resident import put
+from resattn_jax.data.resident import ResidentTrain, put
 from resattn_jax.data.sources import Examples
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.experiment import Experiment, build
@@ -148,6 +149,18 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""
+    batches = ResidentTrain.batches
+
+    def signalling(self, first, count):
+        if first < step <= first + count:
+            signal.raise_signal(signal.SIGTERM)
+        return batches(self, first, count)
+
+    monkeypatch.setattr(ResidentTrain, "batches", signalling)
 
 
 # ---- Sources.

@@ -55,12 +55,13 @@ LAYERS = [
     ["main"],
     ["__main__"],
     ["modes", "modes.*"],
-    ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
+    ["classifier", "trained", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
     ["experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog"],
+    ["convert", "naming", "naming.*", "torch_files", "mxnet_files"],
+    ["models", "models.*", "config", "rules", "runtime", "buckets", "watchdog"],
     ["signals", "errors"],
 ]
 

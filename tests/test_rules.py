@@ -50,7 +50,7 @@ CHOICE = {
     "model.mask": ["encoder_decoder", "local_convolutions"], "model.init": ["he_fan_in", "he_fan_out", "pytorch"],
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
-    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
+    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"], "tracker": ["wandb"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),
@@ -75,7 +75,7 @@ OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
     "data.image_size", "optimizer.clip_norm", "ema_decay", "eval.every", "eval.max_examples", "eval.image_size",
-    "checkpoint.every",
+    "checkpoint.every", "tracker",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes

@@ -29,7 +29,7 @@ from helpers import (
 from resattn_jax.data.batches import ProcessBatches, ThreadedBatches, TrainBatches
 from resattn_jax.data.order import batch_rows
 from resattn_jax.data.sources import open_source, read
-from resattn_jax.data.streaming import StreamingEval, StreamingTrain
+from resattn_jax.data.streaming import Reading, StreamingEval, StreamingTrain
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
@@ -52,17 +52,12 @@ class Deadly(Numbers):
 
 
 def stream(source, transform=PLAIN, workers=0, skip=False, devices=None, size=16, seed=3, platform=CPU):
-    return StreamingTrain(
-        source, transform, seed=seed, batch_size=size, workers=workers, skip_broken=skip,
-        shares_host_memory=platform.shares_host_memory, mesh=make_mesh(devices),
-    )  # fmt: skip
+    reading = Reading(workers, skip, platform.shares_host_memory, make_mesh(devices))
+    return StreamingTrain(source, transform, reading, seed=seed, batch_size=size)
 
 
 def eval_stream(source, workers=0, skip=False, size=16, limit=None):
-    return StreamingEval(
-        source, CENTRE, batch_size=size, max_examples=limit, workers=workers, skip_broken=skip,
-        shares_host_memory=True, mesh=make_mesh(),
-    )  # fmt: skip
+    return StreamingEval(source, CENTRE, Reading(workers, skip, True, make_mesh()), batch_size=size, max_examples=limit)
 
 
 def batches(pipeline, steps):

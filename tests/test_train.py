@@ -6,25 +6,12 @@ import signal
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, built, final_state, lines, run_steps
+from helpers import assert_same_bits, built, final_state, lines, run_steps, stop_at
 
 from resattn_jax.checkpoint import Reader, Writer
-from resattn_jax.data.resident import ResidentTrain
 from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
-
-
-def stop_at(monkeypatch, step):
-    """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""
-    batches = ResidentTrain.batches
-
-    def signalling(self, first, count):
-        if first < step <= first + count:
-            signal.raise_signal(signal.SIGTERM)
-        return batches(self, first, count)
-
-    monkeypatch.setattr(ResidentTrain, "batches", signalling)
 
 
 def test_a_run_leaves_what_the_contract_names(tiny_config, one_device, tmp_path):

@@ -28,6 +28,8 @@ from resattn_jax.metrics import is_better, scalars
 from resattn_jax.models.count import count_multiply_adds, count_parameters
 from resattn_jax.report.console import Startup
 from resattn_jax.report.contact_sheet import contact_sheet
+from resattn_jax.report.mask_sheet import MaskSheet
+from resattn_jax.report.tracker import check_installed
 from resattn_jax.report.training import Report
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS, Signals
@@ -63,6 +65,7 @@ def train_and_evaluate(
     startup = Startup(time.perf_counter() if began is None else began)
     run = Run(workdir)
     check(config)
+    check_installed(config)
     run.compare(config)
     mesh = runtime.make_mesh(devices)
     startup.done("imports and devices")
@@ -83,7 +86,8 @@ def train_and_evaluate(
         Watchdog(60 * config.watchdog_minutes) as watchdog,
     ):
         _introduce(report, experiment, config, run, data, notes)
-        training = Training(config, experiment, train, evaluation, checkpoints, report, startup, watchdog)
+        masks = MaskSheet(experiment, data)
+        training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog)
         training.restore()
         training.compile()
         with SIGNALS.held() as signals:
@@ -100,12 +104,14 @@ class Training:
         experiment: Experiment,
         train: TrainStream,
         evaluation: EvalStream,
+        masks: MaskSheet,
         checkpoints: Writer,
         report: Report,
         startup: Startup,
         watchdog: Watchdog,
     ):
         self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
+        self.masks = masks
         self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
         self.seed = put(np.array(config.seed, np.uint32), experiment.mesh, P())
         self.total, self.devices = experiment.durations.total, runtime.describe_devices(experiment.mesh)
@@ -263,6 +269,8 @@ class Training:
         """Measures the evaluation split, logs it, keeps the best, and returns the metrics of one number."""
         metrics = self.measure()
         self.report.log(self.step, "eval", metrics)
+        self.report.masks(self.step, self.masks, self.state.eval_variables)
+        self.watchdog.alive()
         final = scalars(metrics)
         if is_better(final, self.best):
             self.best = {**final, "step": self.step}
