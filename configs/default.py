@@ -54,8 +54,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.label_noise = 0.0  # share of training labels drawn anew among the other classes, by the seed
 
     c.augment = ml_collections.ConfigDict()
-    c.augment.crop_padding = 0  # zero-pad so many pixels on each side, crop the old size at random
+    c.augment.crop_padding = 0  # pad so many pixels on each side, crop the old size at random
+    c.augment.crop_mode = "zeros"  # what is padded: zeros (the mean colour) | reflect (the image mirrored)
     c.augment.flip = False  # left to right, half of the images
+    c.augment.alternating_flip = False  # instead: at random in the first epoch, then the other way round in each
     c.augment.random_resized_crop = False  # streaming: a window of random area and aspect, resized to image_size
     c.augment.crop_area = (0.08, 1.0)  # its share of the picture
     c.augment.crop_aspect = (0.75, 4 / 3)  # its width / height
@@ -77,6 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.nesterov = True
     c.optimizer.weight_decay = 1e-4
     c.optimizer.decay_norms_and_biases = True  # False: weight decay on convolution and linear kernels only
+    c.optimizer.decay_norm_scales = placeholder(bool)  # of norms the scales apart from the biases; None: as these
     c.optimizer.clip_norm = placeholder(float)  # global norm of the gradients
 
     c.schedule = ml_collections.ConfigDict()

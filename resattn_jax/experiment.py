@@ -53,24 +53,27 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
         sharding = NamedSharding(self.mesh, P())
-        shapes = self._create_state.eval_shape()
+        shapes = self._create_state.eval_shape(np.uint32(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
     def initial_state(self) -> TrainState:
         """The state of step 0, weights drawn from the seed, whole on every device."""
-        return self._create_state()
+        return self._create_state(np.uint32(self.recipe.seed))
 
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
-        take, steps = self._pipeline.take, self.steps_per_dispatch
+        mirrored = self.spec.resident and self.recipe.augment.alternating_flip
+        take, steps = resident.take_mirrored if mirrored else self._pipeline.take, self.steps_per_dispatch
         return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
 
-    def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct]:
-        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span)."""
+    def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""
         arrays, batches = self._pipeline.train_shapes(self.spec, self.batch_size, self.steps_per_dispatch, self.mesh)
-        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=NamedSharding(self.mesh, P()))
-        return self.abstract_state(), arrays, batches, span
+        everywhere = NamedSharding(self.mesh, P())
+        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=everywhere)
+        seed = jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
+        return self.abstract_state(), arrays, batches, span, seed
 
     @functools.cache  # noqa: B019 — an experiment lives as long as its process
     def eval_step(self, take: Take) -> Callable[..., Sums]:
@@ -110,10 +113,9 @@ class Experiment:
             self.model,
             self.optimizer,
             self.spec.image_shape,
-            seed=self.recipe.seed,
             ema=self.recipe.ema_decay is not None,
         )
-        return jax.jit(create, out_shardings=NamedSharding(self.mesh, P()))
+        return jax.jit(lambda seed: create(seed=seed), out_shardings=NamedSharding(self.mesh, P()))
 
 
 def create_state(
@@ -121,7 +123,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     *,
-    seed: int,
+    seed: jax.Array | int,
     ema: bool,
 ) -> TrainState:
     """The state of step 0, weights drawn from the seed. image_shape: (H, W, C); ema: with a moving average."""

@@ -32,13 +32,14 @@ Take = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (arrays, batch) -> i
 class Recipe:
     """What a step does to a batch.
 
-    mean, std: as `normalize` takes them. augment: the section config.augment as it is. mixup_until: the first step
-    without mixup. accumulate: the number of micro-batches that a device's batch is split into, and which divides it.
-    mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step whose loss or gradient is not
-    finite counts as done; otherwise no step is done after it.
+    seed: a number, or a uint32 scalar in a program that takes it as an argument. mean, std: as `normalize` takes them.
+    augment: the section config.augment as it is. mixup_until: the first step without mixup. accumulate: the number of
+    micro-batches that a device's batch is split into, and which divides it. mirror: an evaluation sees every image in
+    the mirror too. skip_not_finite: a step whose loss or gradient is not finite counts as done; otherwise no step is
+    done after it.
     """
 
-    seed: int
+    seed: int | jax.Array
     mean: np.ndarray
     std: np.ndarray
     augment: ml_collections.FrozenConfigDict
@@ -131,19 +132,25 @@ def make_train_steps(
     take: Take,
     steps_per_dispatch: int,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span) -> state, metrics.
+    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span, seed) -> state,
+    metrics.
 
     `take(arrays, batch)` gives images and labels. arrays lie whole on every device; every leaf of batches is
     [steps_per_dispatch, B, …], B sharded. span is int32 [2]: the number of steps done before, and after. Metrics are
     float32 [steps_per_dispatch], of which as many as there are steps are filled. The state is donated. The span is an
-    argument of the program, so that a run that is cut at other steps executes the same code and gets the same bits.
+    argument of the program, so that a run that is cut at other steps executes the same code and gets the same bits. So
+    is the seed, uint32, which takes the place of the recipe's: runs of other seeds find the program in the cache.
 
     A step whose loss or gradient is not finite changes neither weights nor statistics. Unless recipe.skip_not_finite
     it does not count as done, and no step after it changes anything.
     """
-    one_step = functools.partial(train_step, model, optimizer, recipe, platform.loops)
 
-    def steps(state: TrainState, arrays: Any, batches: Any, span: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def steps(
+        state: TrainState, arrays: Any, batches: Any, span: jax.Array, seed: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        seeded = dataclasses.replace(recipe, seed=seed)
+        one_step = functools.partial(train_step, model, optimizer, seeded, platform.loops)
+
         def body(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
             before, metrics = carry
             after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)))
@@ -160,7 +167,7 @@ def make_train_steps(
 
     # check_vma=False: gradients stay those of the device's own shard until the pmean above averages them.
     spread = jax.shard_map(
-        steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P()), out_specs=(P(), P()), check_vma=False
+        steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P(), P()), out_specs=(P(), P()), check_vma=False
     )
     return jax.jit(spread, donate_argnums=0, compiler_options=compiler_options(platform, mesh))
 

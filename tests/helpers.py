@@ -95,7 +95,8 @@ def run_steps(config, devices, steps):
     state, history = experiment.initial_state(), []
     for step in range(steps):
         span = put(np.array([step, step + 1], np.int32), experiment.mesh, jax.sharding.PartitionSpec())
-        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span)
+        seed = np.uint32(config.seed)
+        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span, seed)
         history.append(jax.tree.map(lambda x: float(x[0]), metrics))
     return state, history
 

@@ -42,7 +42,8 @@ REAL = {  # the least and the most that can be
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "data.exif_orientation",
+    "augment.alternating_flip", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
     "model.name": list(NETS), "model.dtype": ["auto", "float32", "bfloat16"], "model.wiring": ["paper", "double_skip"],
@@ -50,7 +51,8 @@ CHOICE = {
     "model.mask": ["encoder_decoder", "local_convolutions"], "model.init": ["he_fan_in", "he_fan_out", "pytorch"],
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
-    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"], "tracker": ["wandb"],
+    "augment.crop_mode": ["zeros", "reflect"], "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
+    "tracker": ["wandb"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),
@@ -74,8 +76,8 @@ INTERVAL = {"augment.crop_area": 1, "augment.crop_aspect": 100}
 OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
-    "data.image_size", "optimizer.clip_norm", "ema_decay", "eval.every", "eval.max_examples", "eval.image_size",
-    "checkpoint.every", "tracker",
+    "data.image_size", "optimizer.clip_norm", "optimizer.decay_norm_scales", "ema_decay", "eval.every",
+    "eval.max_examples", "eval.image_size", "checkpoint.every", "tracker",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes
@@ -282,6 +284,7 @@ STREAMED = [
         ({"data.mean": (0.5,) * 3, "data.std": (0.5,) * 4}, "config.data.mean has 3 values and config.data.std 4"),
         ({"data.image_size": 32, "augment.cutout": 33}, "config.augment.cutout is 33; it must be no larger than"),
         ({"data.image_size": 32, "augment.crop_padding": 33}, "config.augment.crop_padding is 33; it must be no"),
+        ({"augment.flip": True, "augment.alternating_flip": True}, "config.augment.flip and config.augment.a"),
         ({"model.name": "ra56", "data.image_size": 30}, "config.data.image_size is 30; ra56 needs images of 31x31"),
         ({"model.wiring": "paper", "model.name": "ra92_448", "eval.image_size": 62}, "config.eval.image_size is 62; r"),
         *[({"data.pipeline": "resident", **why}, "config.data.pipeline is 'resident', but") for why in STREAMED[1:]],
@@ -348,6 +351,8 @@ def test_every_seed_has_randomness_of_its_own():
     keys = {tuple(np.asarray(jax.random.key_data(random_key(seed, "x")))) for seed in seeds}
     assert len(keys) == len({np.random.default_rng(seed).integers(2**60) for seed in seeds}) == len(seeds)
     RULES["seed"].check("seed", seeds[-1])
+    key = jax.jit(lambda seed: jax.random.key_data(random_key(seed, "x")))
+    assert {tuple(np.asarray(key(np.uint32(seed)))) for seed in seeds} == keys  # as a step has them
 
 
 def test_a_net_for_larger_images_than_the_datas_is_refused():

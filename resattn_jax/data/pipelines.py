@@ -100,7 +100,12 @@ class TrainingData:
         data, augment, seed = self._config.data, self._config.augment, self._config.seed
         if self.spec.resident:
             return resident.ResidentTrain(
-                self._examples, seed=seed, batch_size=batch_size, steps_per_dispatch=steps_per_dispatch, mesh=mesh
+                self._examples,
+                seed=seed,
+                batch_size=batch_size,
+                steps_per_dispatch=steps_per_dispatch,
+                mesh=mesh,
+                alternating=augment.alternating_flip,
             )
         transform = TrainTransform(
             self.spec.image_shape[0],
@@ -111,7 +116,14 @@ class TrainingData:
             self.spec.exif_orientation,
         )
         reading = _reading(data, platform, mesh)
-        return streaming.StreamingTrain(self._train, transform, reading, seed=seed, batch_size=batch_size)
+        return streaming.StreamingTrain(
+            self._train,
+            transform,
+            reading,
+            seed=seed,
+            batch_size=batch_size,
+            alternating=augment.alternating_flip,
+        )
 
     def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:
         """The evaluation split's stream."""

@@ -77,7 +77,10 @@ class _Stream:
 
 
 class StreamingTrain(_Stream):
-    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch."""
+    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch.
+
+    alternating: with alternating flip.
+    """
 
     def __init__(
         self,
@@ -87,10 +90,11 @@ class StreamingTrain(_Stream):
         *,
         seed: int,
         batch_size: int,
+        alternating: bool = False,
     ):
         super().__init__(reading, batch_size, leading=1)
         self.examples = len(source)
-        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions)
+        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions, alternating)
         self._next = 0
         self._prefetched: _Prefetched | None = None
 

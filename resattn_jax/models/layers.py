@@ -87,7 +87,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         if not self.train:
             return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
-        y, batch_mean, batch_var = _normalize_batch(x, scale, bias, self.relu, self.axis_name)
+        y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, self.axis_name)
         mean.value = 0.9 * mean.value + 0.1 * batch_mean.astype(mean.value.dtype)
         var.value = 0.9 * var.value + 0.1 * batch_var.astype(var.value.dtype)
         return y
@@ -152,6 +152,9 @@ def _normalize_batch_backward(
 
 
 _normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+# A net has many norms of few shapes. Under jit each of these is traced and differentiated once.
+_normalize_batch_once = jax.jit(_normalize_batch, static_argnums=(3, 4))
 
 
 class Linear(nn.Module):

@@ -113,6 +113,7 @@ class Training:
         self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
         self.masks = masks
         self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
+        self.seed = put(np.array(config.seed, np.uint32), experiment.mesh, P())
         self.total, self.devices = experiment.durations.total, runtime.describe_devices(experiment.mesh)
         self.step = 0
         self.state: TrainState
@@ -198,7 +199,7 @@ class Training:
         if self.step == 0:
             self.show(batches)
         span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
-        self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span)
+        self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span, self.seed)
         if not self.warm:
             jax.block_until_ready(metrics)
             self.startup.done("first step" if count == 1 else f"first {count} steps")
