@@ -97,7 +97,7 @@ def encode_torch(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarr
         np.savez(file, **arrays)  # type: ignore[arg-type]
         return file.getvalue()
     if path.suffix.lower() == ".params":
-        raise ValueError(f"{path}: .params is read alone; write .npz, of which mx.nd.save makes one")
+        raise ValueError(f"{path} is read alone; write .npz, of which mx.nd.save makes one")
     torch = _import_torch(path)
     torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
     return file.getvalue()

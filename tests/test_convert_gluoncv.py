@@ -15,6 +15,7 @@ from helpers import random_variables, trace
 
 from resattn_jax.convert import from_torch, to_torch
 from resattn_jax.models import create_model
+from resattn_jax.naming import NAMES, arrays_of
 from resattn_jax.torch_files import read_torch, write_torch
 
 # Our name: (modules of the three stages, their poolings, p, t, r).
@@ -41,14 +42,9 @@ def counted(name):
     return 1 + 4 + of_modules + 6 * UNIT + 4 + 4 + 2  # stem, modules, other units, four shortcuts, norm, last layer
 
 
-def tree_shapes(name, classes=10, channels=3):
-    return trace(create_model(name, num_classes=classes), (32, 32, channels))[1]
-
-
 def state_of(name):
-    """A file's content, {name: array}, of zeros."""
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tree_shapes(name, classes=7, channels=1))
-    return to_torch(zeros, name, "gluoncv")
+    """What a file has of a net of grey pictures and seven classes: {name: shape}, in its order."""
+    return {entry.theirs: entry.shape for entry in arrays_of(NAMES["gluoncv"], name, 1, 7)}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -64,7 +60,7 @@ def test_numbers_of_arrays_are_those_of_the_definition(name):
 
 def test_names_and_shapes_are_those_of_the_definition():
     """By hand, of the first and the last arrays, a shortcut, and a module without a pooling."""
-    state = {key: array.shape for key, array in state_of("ra92_cifar").items()}
+    state = state_of("ra92_cifar")
     assert list(state.items())[:8] == [
         ("conv1.0.weight", (32, 1, 3, 3)),
         ("conv1.1.gamma", (32,)),
@@ -122,10 +118,20 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("name", ["ra452", "ra56_cifar"])
-def test_there_and_back_is_the_same(name):
-    variables = jax.tree.map(lambda x: np.random.default_rng(x.size).random(x.shape, np.float32), tree_shapes(name))
-    assert_same(from_torch(to_torch(variables, name, "gluoncv"), name), variables)
+def test_there_and_back_is_the_same():
+    _, shapes = trace(create_model("ra56_cifar", num_classes=10), (32, 32, 3))
+    variables = jax.tree.map(lambda x: np.random.default_rng(x.size).random(x.shape, np.float32), shapes)
+    assert_same(from_torch(to_torch(variables, "ra56_cifar", "gluoncv"), "ra56_cifar"), variables)
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if "cifar" not in name])
+def test_arrays_are_those_that_pytorchcv_has_of_the_same_net(name):
+    """Their places in our trees, of which test_convert_pytorchcv.py shows that they are the right ones."""
+    ours, theirs = (
+        {e.path: e.shape[:2] if e.path[1] == "head" else e.shape for e in arrays_of(NAMES[code], name, 3, 10) if e.path}
+        for code in ("gluoncv", "pytorchcv")
+    )
+    assert ours == theirs
 
 
 def test_a_net_that_it_does_not_have_or_another_depth_is_told(net):
@@ -143,9 +149,15 @@ def test_a_net_that_it_does_not_have_or_another_depth_is_told(net):
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_files_that_need_no_mxnet(net, kind, tmp_path):
-    variables, state = net
-    write_torch(tmp_path / f"net.{kind}", state)
-    assert_same(from_torch(read_torch(tmp_path / f"net.{kind}"), NAME), variables)
+    _, state = net
+    some = {key: state[key] for key in ("conv1.0.weight", "conv1.1.gamma", "fc.bias")}
+    write_torch(tmp_path / f"net.{kind}", some)
+    assert_same(read_torch(tmp_path / f"net.{kind}"), some)
+
+
+def test_params_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"net\.params is read alone; write \.npz"):
+        write_torch(tmp_path / "net.params", {})
 
 
 def params_file(arrays, magic=0xF993FAC9):

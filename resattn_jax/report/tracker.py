@@ -48,7 +48,7 @@ class Tracker:
                 config=flatten(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except (wandb.errors.Error, OSError) as error:
+        except (wandb.errors.Error, OSError, ValueError) as error:  # the last for settings that cannot be
             raise UsageError(
                 f"wandb does not begin: {reason(error)}; WANDB_MODE=offline keeps the run on the disk, and"
                 " config.tracker=None goes without"
