@@ -163,6 +163,8 @@ def rehearsed(entries: Sequence[Entry]) -> list[Entry]:
         then = flatten(entry.read_config())
         overrides = {key: value for key, value in entry.overrides.items() if key not in ("total_epochs", "total_steps")}
         overrides |= {**_SMALL, "total_steps": REHEARSED_STEPS, **_parts(then)}
+        if then.get("batch_norm_span"):
+            overrides["batch_norm_span"] = _SMALL["batch_size"] // 2
         source = entry.source and short[entry.source.name, entry.seed]
         short[entry.name, entry.seed] = dataclasses.replace(entry, overrides=overrides, source=source)
     return list(short.values())

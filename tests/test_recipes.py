@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 from helpers import ROOT
 
@@ -53,67 +52,64 @@ def end_at(process, lines, number):
     return process.returncode
 
 
-def test_a_list_goes_on_after_kill_9_and_after_a_signal(tmp_path):
-    """Each run is trained once, from where it was cut off, and its time is that of all its pieces."""
-    arguments = listed(tmp_path, '[[run]]\nname = "one"\n[[run]]\nname = "two"\n'), f"--output={tmp_path / 'out'}"
-    assert end_at(start(*arguments), ["step 20/60"], signal.SIGKILL) == -signal.SIGKILL
-    [killed_after] = json.loads((tmp_path / "out/one_0.pieces.json").read_text())
-    assert end_at(start(*arguments), ["—— 2 of 2", "step 20/60"], signal.SIGTERM) == 128 + signal.SIGTERM
-    process = start(*arguments)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["pieces"], row["final"]["step"]) for row in rows] == [("one", 2, 60), ("two", 2, 60)]
-    assert rows[0]["seconds"] > killed_after
-    one, two = (Run(tmp_path / "out" / name) for name in ("one_0", "two_0"))
-    assert one.starts[1]["step"] in range(5, 25, 5)  # of a checkpoint that was written in time
-    assert two.starts[1]["step"] >= 20  # of the one that the signal asked for
-    assert one.result["final"] == two.result["final"]  # they are the same run, cut at other steps
-    assert rows[0]["final"]["top1"] == one.result["final"]["top1"]
-    assert (tmp_path / "out/table.txt").read_text() in said
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Runs a list here, on one device."""
-    monkeypatch.setattr(jax, "devices", lambda devices=jax.devices(): devices[:1])
-
-    def run(file, folder):
-        folder.mkdir(exist_ok=True)
-        return recipes.run_all(read_list(file), folder)
-
-    return run
-
-
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, in_this_process):
-    """And one that goes on from another does so from the newest checkpoint up to that part of it, 10 of 12 steps."""
-    runs = """
+RUNS = """
+[[run]]
+name = "one"
+[[run]]
+name = "two"
 [[run]]
 name = "split"
 set.data.eval_split = "nowhere"
 [[run]]
-name = "plain"
-set.total_steps = 12
-[[run]]
-name = "other"
-set.total_steps = 20
+name = "longer"
+set.total_steps = 70
 set.log_every = "3 steps"
-goes_on_from = "plain at 90%"
+goes_on_from = "one at 95%"
 [[run]]
 name = "too_early"
-goes_on_from = "plain at 10%"
+goes_on_from = "one at 5%"
 """
-    before = sum(array.nbytes for array in jax.live_arrays())
-    failed = in_this_process(listed(tmp_path, runs), tmp_path / "out")
-    assert sum(array.nbytes for array in jax.live_arrays()) < before + 10_000  # not even the smallest set of weights
+
+
+LAST = """
+import json, pathlib, sys, jax
+from benchmarks import recipes
+from benchmarks.recipe_list import read_list
+failed = recipes.run_all(read_list(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))
+print(json.dumps([failed, sum(array.nbytes for array in jax.live_arrays())]))
+"""
+
+
+def test_a_list_goes_on_after_kill_9_after_a_signal_and_past_what_fails(tmp_path):
+    """Each run is trained once, from where it was cut off, and its time is that of all its pieces."""
+    file, out = listed(tmp_path, RUNS), tmp_path / "out"
+    assert end_at(start(file, f"--output={out}"), ["step 20/60"], signal.SIGKILL) == -signal.SIGKILL
+    [killed_after] = json.loads((out / "one_0.pieces.json").read_text())
+    ending = end_at(start(file, f"--output={out}"), ["—— 2 of 5", "step 20/60"], signal.SIGTERM)
+    assert ending == 128 + signal.SIGTERM
+    done = subprocess.run([sys.executable, "-c", LAST, file, out], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    failed, left = json.loads(done.stdout.splitlines()[-1])
+    assert left < 10_000  # bytes on the device: not even the smallest set of weights
     assert failed.keys() == {"split_0", "too_early_0"}
     assert "nowhere" in failed["split_0"]
-    assert "no checkpoint up to step 1.2" in failed["too_early_0"]
-    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["goes_on_from"]) for row in rows] == [("plain", None), ("other", "plain_0 at step 10")]
-    with pytest.raises(UsageError, match="holds another run plain_0; choose another --output"):
-        in_this_process(listed(tmp_path, runs.replace("12", "13")), tmp_path / "out")
-    assert [row["step"] for row in Run(tmp_path / "out/other_0").metrics if "train/loss" in row] == [10, 12, 15, 18, 20]
+    assert "no checkpoint up to step 3" in failed["too_early_0"]
+
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["pieces"], row["final"]["step"], row["goes_on_from"]) for row in rows] == [
+        ("one", 2, 60, None), ("two", 2, 60, None), ("longer", 1, 70, "one_0 at step 55")
+    ]  # fmt: skip
+    one, two, longer = (Run(out / name) for name in ("one_0", "two_0", "longer_0"))
+    assert rows[0]["seconds"] > killed_after
+    assert one.starts[1]["step"] in range(5, 25, 5)  # of a checkpoint that was written in time
+    assert two.starts[1]["step"] >= 20  # of the one that the signal asked for
+    assert one.result["final"] == two.result["final"]  # they are the same run, cut at other steps
+    assert rows[0]["final"]["top1"] == one.result["final"]["top1"]
+    steps = [row["step"] for row in longer.metrics if "train/loss" in row]
+    assert steps == [10, 20, 30, 40, 50, 57, 60, 63, 66, 69, 70]
+    assert [line.split()[0] for line in (out / "table.txt").read_text().splitlines()] == ["run", "one", "two", "longer"]
+    with pytest.raises(UsageError, match="holds another run longer_0; choose another --output"):
+        recipes.run_all(read_list(listed(tmp_path, RUNS.replace("70", "71"))), out)
 
 
 # ---- Lists.
