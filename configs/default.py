@@ -76,6 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.nesterov = True
     c.optimizer.weight_decay = 1e-4
     c.optimizer.decay_norms_and_biases = True  # False: weight decay on convolution and linear kernels only
+    c.optimizer.decay_norm_scales = placeholder(bool)  # of norms the scales apart from the biases; None: as these
     c.optimizer.clip_norm = placeholder(float)  # global norm of the gradients
 
     c.schedule = ml_collections.ConfigDict()

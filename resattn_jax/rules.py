@@ -286,6 +286,7 @@ RULES: dict[str, Rule] = {
     "optimizer.nesterov": flag(),
     "optimizer.weight_decay": real(0, 10),
     "optimizer.decay_norms_and_biases": flag(absent=True),
+    "optimizer.decay_norm_scales": optional(flag()),
     "optimizer.clip_norm": optional(real(0, 1e6, above=True)),
     "schedule.name": choice(("step", "cosine", "linear", "constant")),
     "schedule.learning_rate": real(0, 1000),

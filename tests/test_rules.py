@@ -42,7 +42,7 @@ REAL = {  # the least and the most that can be
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "data.exif_orientation",
+    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
     "model.name": list(NETS), "model.dtype": ["auto", "float32", "bfloat16"], "model.wiring": ["paper", "double_skip"],
@@ -74,8 +74,8 @@ INTERVAL = {"augment.crop_area": 1, "augment.crop_aspect": 100}
 OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
-    "data.image_size", "optimizer.clip_norm", "ema_decay", "eval.every", "eval.max_examples", "eval.image_size",
-    "checkpoint.every",
+    "data.image_size", "optimizer.clip_norm", "optimizer.decay_norm_scales", "ema_decay", "eval.every",
+    "eval.max_examples", "eval.image_size", "checkpoint.every",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes
