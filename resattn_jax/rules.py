@@ -267,6 +267,7 @@ RULES: dict[str, Rule] = {
     "data.mean_image": flag(absent=False),
     "data.label_noise": real(0, 1, absent=0.0),
     "augment.crop_padding": whole(0, 512, absent=0),
+    "augment.crop_mode": choice(("zeros", "reflect"), absent="zeros"),
     "augment.flip": flag(absent=False),
     "augment.random_resized_crop": flag(absent=False),
     "augment.crop_area": interval(1, "(0.08, 1.0)", absent=(0.08, 1.0)),

@@ -50,7 +50,7 @@ CHOICE = {
     "model.mask": ["encoder_decoder", "local_convolutions"], "model.init": ["he_fan_in", "he_fan_out", "pytorch"],
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
-    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
+    "augment.crop_mode": ["zeros", "reflect"], "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),
