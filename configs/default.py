@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.augment.crop_padding = 0  # pad so many pixels on each side, crop the old size at random
     c.augment.crop_mode = "zeros"  # what is padded: zeros (the mean colour) | reflect (the image mirrored)
     c.augment.flip = False  # left to right, half of the images
+    c.augment.alternating_flip = False  # instead: at random in the first epoch, then the other way round in each
     c.augment.random_resized_crop = False  # streaming: a window of random area and aspect, resized to image_size
     c.augment.crop_area = (0.08, 1.0)  # its share of the picture
     c.augment.crop_aspect = (0.75, 4 / 3)  # its width / height

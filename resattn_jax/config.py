@@ -100,6 +100,8 @@ def _faults_of_the_images(c: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.data.mean has {len(c.data.mean)} values and config.data.std {len(c.data.std)}; each must have one,"
             " or as many as there are channels"
         )
+    if c.augment.flip and c.augment.alternating_flip:
+        yield "config.augment.flip and config.augment.alternating_flip are both True; set one of them"
     if why := why_streamed(c):
         if c.data.pipeline == "resident":
             yield f"config.data.pipeline is 'resident', but a set cannot be resident: {why}"

@@ -63,7 +63,8 @@ class Experiment:
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
-        take, steps = self._pipeline.take, self.steps_per_dispatch
+        mirrored = self.spec.resident and self.recipe.augment.alternating_flip
+        take, steps = resident.take_mirrored if mirrored else self._pipeline.take, self.steps_per_dispatch
         return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct]:

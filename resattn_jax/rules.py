@@ -269,6 +269,7 @@ RULES: dict[str, Rule] = {
     "augment.crop_padding": whole(0, 512, absent=0),
     "augment.crop_mode": choice(("zeros", "reflect"), absent="zeros"),
     "augment.flip": flag(absent=False),
+    "augment.alternating_flip": flag(absent=False),
     "augment.random_resized_crop": flag(absent=False),
     "augment.crop_area": interval(1, "(0.08, 1.0)", absent=(0.08, 1.0)),
     "augment.crop_aspect": interval(100, "(0.75, 1.33)", absent=(0.75, 4 / 3)),

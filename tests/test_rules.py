@@ -42,7 +42,8 @@ REAL = {  # the least and the most that can be
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "optimizer.decay_norm_scales", "data.exif_orientation",
+    "augment.alternating_flip", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
     "model.name": list(NETS), "model.dtype": ["auto", "float32", "bfloat16"], "model.wiring": ["paper", "double_skip"],
@@ -282,6 +283,7 @@ STREAMED = [
         ({"data.mean": (0.5,) * 3, "data.std": (0.5,) * 4}, "config.data.mean has 3 values and config.data.std 4"),
         ({"data.image_size": 32, "augment.cutout": 33}, "config.augment.cutout is 33; it must be no larger than"),
         ({"data.image_size": 32, "augment.crop_padding": 33}, "config.augment.crop_padding is 33; it must be no"),
+        ({"augment.flip": True, "augment.alternating_flip": True}, "config.augment.flip and config.augment.a"),
         ({"model.name": "ra56", "data.image_size": 30}, "config.data.image_size is 30; ra56 needs images of 31x31"),
         ({"model.wiring": "paper", "model.name": "ra92_448", "eval.image_size": 62}, "config.eval.image_size is 62; r"),
         *[({"data.pipeline": "resident", **why}, "config.data.pipeline is 'resident', but") for why in STREAMED[1:]],

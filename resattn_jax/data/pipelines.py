@@ -100,7 +100,12 @@ class TrainingData:
         data, augment, seed = self._config.data, self._config.augment, self._config.seed
         if self.spec.resident:
             return resident.ResidentTrain(
-                self._examples, seed=seed, batch_size=batch_size, steps_per_dispatch=steps_per_dispatch, mesh=mesh
+                self._examples,
+                seed=seed,
+                batch_size=batch_size,
+                steps_per_dispatch=steps_per_dispatch,
+                mesh=mesh,
+                alternating=augment.alternating_flip,
             )
         transform = TrainTransform(
             self.spec.image_shape[0],
@@ -119,6 +124,7 @@ class TrainingData:
             skip_broken=data.broken == "skip",
             shares_host_memory=platform.shares_host_memory,
             mesh=mesh,
+            alternating=augment.alternating_flip,
         )
 
     def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:

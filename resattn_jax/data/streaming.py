@@ -43,7 +43,10 @@ def train_shapes(
 
 
 class StreamingTrain:
-    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch."""
+    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch.
+
+    alternating: with alternating flip.
+    """
 
     def __init__(
         self,
@@ -56,11 +59,12 @@ class StreamingTrain:
         skip_broken: bool,
         shares_host_memory: bool,
         mesh: Mesh,
+        alternating: bool = False,
     ):
         self.examples, self.take = len(source), take
         self.arrays: dict[str, jax.Array] = {}
         self._shards = _Shards(mesh, batch_size, leading=1)
-        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions)
+        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions, alternating)
         self._workers, self._copied, self._broken = workers, not shares_host_memory, _Broken(skip_broken)
         self._next = 0
         self._prefetched: _Prefetched | None = None
