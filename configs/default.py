@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.augment.crop_aspect = (0.75, 4 / 3)  # its width / height
     c.augment.randaugment = 0  # streaming: so many operations an image
     c.augment.randaugment_magnitude = 9.0  # of 10
+    c.augment.trivialaugment = False  # one operation an image, of any strength (TrivialAugment-Wide)
     c.augment.color_jitter = (0.0, 0.0, 0.0)  # brightness, contrast, saturation: by a factor of 1 - x to 1 + x
     c.augment.pca_lighting = 0.0  # standard deviation along the principal components; AlexNet's is 0.1
     c.augment.random_erasing = 0.0  # share of images that lose a rectangle

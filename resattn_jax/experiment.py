@@ -227,6 +227,8 @@ def _check_images(config: ml_collections.ConfigDict, spec: DataSpec) -> None:
         raise UsageError(
             f"color_jitter and pca_lighting are for colour images; {config.data.name} has {channels} channel"
         )
+    if channels not in (1, 3) and augment.trivialaugment:
+        raise UsageError(f"trivialaugment is for grey and colour images; {config.data.name} has {channels} channels")
     for key in ("crop_padding", "cutout"):
         if augment[key] > min(height, width):
             raise UsageError(

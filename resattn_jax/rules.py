@@ -275,6 +275,7 @@ RULES: dict[str, Rule] = {
     "augment.crop_aspect": interval(100, "(0.75, 1.33)", absent=(0.75, 4 / 3)),
     "augment.randaugment": whole(0, 16, absent=0),
     "augment.randaugment_magnitude": real(0, 10, absent=9.0),
+    "augment.trivialaugment": flag(absent=False),
     "augment.color_jitter": reals(0, 1, range(3, 4), "(0.4, 0.4, 0.4)", absent=(0.0, 0.0, 0.0)),
     "augment.pca_lighting": real(0, 10, absent=0.0),
     "augment.random_erasing": real(0, 1, absent=0.0),

@@ -42,7 +42,7 @@ REAL = {  # the least and the most that can be
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "augment.alternating_flip", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "augment.alternating_flip", "augment.trivialaugment", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
     "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {

@@ -66,7 +66,7 @@ class ResidentTrain:
     def batches(self, step: int, count: int) -> jax.Array:
         """Rows of the batches of `count` steps from `step` on as `take` has them, int32 [steps_per_dispatch, B].
 
-        B is sharded.        What is beyond `count` only fills the array, so that one compiled program serves any count.
+        B is sharded. What is beyond `count` only fills the array, so that one compiled program serves any count.
         """
         rows = np.zeros(self._shape, np.int32)
         for i in range(count):
