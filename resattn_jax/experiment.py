@@ -186,7 +186,8 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: P
             config.model.name,
             num_classes=num_classes,
             dtype=platform.dtype(config.model.dtype),
-            axis_name="data" if config.sync_batch_norm else None,
+            axis_name="data" if config.sync_batch_norm or config.batch_norm_span else None,
+            norm_span=config.batch_norm_span,
             **options,
             **platform.layers,
         )
@@ -206,6 +207,13 @@ def _check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
         raise UsageError(
             f"config.accumulate is {config.accumulate}; it must be 1 or more and divide the {size // devices} images"
             f" that each of the {devices} devices has of a batch of {size}"
+        )
+    share, span = size // devices // config.accumulate, config.batch_norm_span
+    if span and share % span and (span % share or devices % (span // share)):
+        micro = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"config.batch_norm_span is {span}; it must divide the {share} images that each of the {devices} devices"
+            f" has at once of a batch of {size}{micro}, or be that of a number of devices which divides {devices}"
         )
     if (config.augment.mixup_alpha or config.augment.cutmix_alpha) and size // devices % 2:
         raise UsageError(

@@ -24,6 +24,7 @@ from resattn_jax.state import random_key
 # What each key can be, written down a second time.
 WHOLE = {
     "seed": (0, 2**32 - 1), "batch_size": (1, 2**20), "accumulate": (1, 2**20), "total_steps": (1, 2**31 - 1),
+    "batch_norm_span": (1, 2**20),
     "steps_per_dispatch": (1, 10_000), "model.p": (0, 64), "model.t": (0, 64), "model.r": (0, 64),
     "model.last": (0, 64), "data.image_size": (8, 4096), "data.workers": (0, 1024), "augment.crop_padding": (0, 512),
     "augment.randaugment": (0, 16), "augment.cutout": (0, 4096), "eval.batch_size": (1, 2**20),
@@ -76,7 +77,7 @@ OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
     "data.image_size", "optimizer.clip_norm", "optimizer.decay_norm_scales", "ema_decay", "eval.every",
-    "eval.max_examples", "eval.image_size", "checkpoint.every",
+    "eval.max_examples", "eval.image_size", "checkpoint.every", "batch_norm_span",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes
@@ -219,6 +220,7 @@ def test_what_lies_within_the_bounds_is_accepted(key):
     for value in good(key):
         together = {
             "accumulate": {"batch_size": value},
+            "batch_norm_span": {"batch_size": value or 64},
             "total_epochs": {"total_steps": None if value else 5},
             "total_steps": {"total_epochs": None if value else 5.0},
         }
@@ -279,6 +281,8 @@ STREAMED = [
         ({"schedule.boundaries": tuple(f"{i}%" for i in range(90, 9, -1))}, "config.schedule.boundaries is ('90%', "),
         ({"batch_size": 64, "accumulate": 3}, "config.accumulate is 3; it must divide config.batch_size, which is 64"),
         ({"batch_size": 64, "accumulate": 128}, "config.accumulate is 128; it must divide config.batch_size"),
+        ({"sync_batch_norm": True, "batch_norm_span": 32}, "sync_batch_norm is True and config.batch_norm_span is 32"),
+        ({"batch_size": 64, "batch_norm_span": 128}, "config.batch_norm_span is 128; it must be at most config.batch"),
         ({**MIXED, "batch_size": 63}, "config.batch_size is 63; mixup and CutMix pair the images"),
         ({"data.mean": (0.5,) * 3, "data.std": (0.5,) * 4}, "config.data.mean has 3 values and config.data.std 4"),
         ({"data.image_size": 32, "augment.cutout": 33}, "config.augment.cutout is 33; it must be no larger than"),
