@@ -83,6 +83,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.decay_norm_scales = placeholder(bool)  # of norms the scales apart from the biases; None: as these
     c.optimizer.clip_norm = placeholder(float)  # global norm of the gradients
 
+    c.sam = ml_collections.ConfigDict()  # sharpness-aware minimisation: flatter minima, twice the time of a step
+    c.sam.rho = 0.0  # how far from the weights, up the gradient, a step takes its gradient; 0: without it
+    c.sam.last = "100%"  # the last part of the run goes with it
+
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "step"  # step | cosine | linear | constant
     c.schedule.learning_rate = 0.1  # the highest

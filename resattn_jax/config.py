@@ -63,6 +63,8 @@ def _faults_of_the_length(c: ml_collections.ConfigDict) -> Iterator[str]:
     parts = {"schedule.warmup": c.schedule.warmup}
     if c.augment.mixup_alpha or c.augment.cutmix_alpha:
         parts["augment.mixup_off_last"] = c.augment.mixup_off_last
+    if c.sam.rho:
+        parts["sam.last"] = c.sam.last
     for key, value in parts.items():
         if (_share(c, value) or 0) > 1:
             yield f"config.{key} is {value!r}; it must not be longer than the run, which has {length}"
@@ -172,7 +174,7 @@ class Durations:
         """Sentences about durations that the run is too short for, which the data alone could tell."""
         return [
             f"config.{key} is {self._values[key]!r}, {self(key):,} steps, longer than the run of {self.total:,}"
-            for key in ("schedule.warmup", "augment.mixup_off_last")
+            for key in ("schedule.warmup", "augment.mixup_off_last", "sam.last")
             if self(key) > self.total
         ]
 

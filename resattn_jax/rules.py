@@ -292,6 +292,8 @@ RULES: dict[str, Rule] = {
     "optimizer.decay_norms_and_biases": flag(absent=True),
     "optimizer.decay_norm_scales": optional(flag()),
     "optimizer.clip_norm": optional(real(0, 1e6, above=True)),
+    "sam.rho": real(0, 100, absent=0.0, **_FREE),  # a run may be finished with it and without
+    "sam.last": duration(zero=True, absent="100%", **_FREE),
     "schedule.name": choice(("step", "cosine", "linear", "constant")),
     "schedule.learning_rate": real(0, 1000),
     "schedule.boundaries": durations(absent=("30%", "60%", "90%")),

@@ -39,7 +39,7 @@ REAL = {  # the least and the most that can be
     "optimizer.momentum": (0, math.nextafter(1, DOWN)), "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (5e-324, 1e6), "schedule.learning_rate": (0, 1000), "schedule.factor": (5e-324, 10),
     "ema_decay": (0, math.nextafter(1, DOWN)), "eval.crop_fraction": (0.01, 1),
-    "watchdog_minutes": (0, 1e6),
+    "watchdog_minutes": (0, 1e6), "sam.rho": (0, 100),
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
@@ -69,7 +69,7 @@ TEXT = {  # (that can be, that cannot)
 }
 DURATION = {  # whether 0 is one
     "log_every": False, "eval.every": False, "checkpoint.every": False, "schedule.warmup": True,
-    "augment.mixup_off_last": True,
+    "augment.mixup_off_last": True, "sam.last": True,
 }  # fmt: skip
 REALS = {"data.mean": (0, 1, range(1, 5)), "data.std": (1e-6, 100, range(1, 5)), "augment.color_jitter": (0, 1, [3])}
 INTERVAL = {"augment.crop_area": 1, "augment.crop_aspect": 100}
@@ -274,6 +274,7 @@ STREAMED = [
         ({"total_steps": None, "total_epochs": 4.5, "schedule.warmup": "5 epochs"}, "the run, which has 4.5 epochs"),
         ({**MIXED, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "config.augment.mixup_off_last is '10 st"),
         ({"augment.cutmix_alpha": 1.0, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "which has 9 steps"),
+        ({"sam.rho": 0.1, "total_steps": 9, "sam.last": "10 steps"}, "config.sam.last is '10 steps'; it must no"),
         ({"schedule.boundaries": ("60%", "30%")}, "config.schedule.boundaries is ('60%', '30%'); they must be"),
         ({"total_steps": 100, "schedule.boundaries": ("50 steps", "40%")}, "('50 steps', '40%'); they must be in asc"),
         ({"total_steps": 100, "schedule.boundaries": ("100 steps",)}, "each must lie before the end of the run"),
@@ -308,6 +309,7 @@ def test_keys_that_contradict_each_other_are_refused(changes, named):
         {"total_steps": 9, "augment.mixup_off_last": "10 steps"},  # nothing is mixed
         {"total_steps": 9, "schedule.name": "cosine", "schedule.boundaries": ("99 steps", "5 steps")},
         {"total_steps": 100, "schedule.boundaries": ("50 steps", "1 epoch", "60%", "60%", "99 steps")},
+        {"total_steps": 9, "sam.last": "10 steps"},  # there is no SAM
         {"batch_size": 63},
         {**MIXED, "batch_size": 2},
         {"batch_size": 63, "accumulate": 21},

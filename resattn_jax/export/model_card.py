@@ -123,7 +123,7 @@ def _recipe(net: TrainedNet) -> str:
     """The keys that say how it was trained, as far as they change anything."""
     if not net.step:
         return "## Recipe\n\nHow these weights were trained, those who made them know."
-    sections = ("optimizer.", "schedule.", "augment.", "model.", "data.label_noise")
+    sections = ("optimizer.", "sam.", "schedule.", "augment.", "model.", "data.label_noise")
     alone = ("seed", "batch_size", "accumulate", "total_epochs", "total_steps", "sync_batch_norm", "batch_norm_span",
              "init_from", "label_smoothing", "ema_decay")  # fmt: skip
     rows = [
