@@ -70,11 +70,8 @@ def test_the_fast_recipes_first_edition_can_still_be_read():
     """The one that reached 97.07 %."""
     config = Run(ROOT / "benchmarks/results/cifar10_ra92_fast_h100").config
     check(config)
-    assert (config.total_epochs, config.optimizer.weight_decay, config.augment.mixup_off_last) == (
-        200,
-        3e-4,
-        "15 epochs",
-    )
+    assert (config.total_epochs, config.optimizer.weight_decay) == (200, 3e-4)
+    assert config.augment.mixup_off_last == "15 epochs"
     assert (config.sam.rho, config.augment.trivialaugment, config.augment.crop_mode) == (0, False, "zeros")
 
 
