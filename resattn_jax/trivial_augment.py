@@ -74,7 +74,7 @@ def _tables(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
                 factor.append(1 + 0.99 * share * sign if blended else 1.0)
                 bits = 8 - round(6 * share) if operation == "posterize" else 8
                 mask.append(256 - (1 << (8 - bits)))
-                threshold.append(math.ceil(255 - 255 * share) if operation == "solarize" else 256)
+                threshold.append(255 - 17 * level // 2 if operation == "solarize" else 256)  # 255 of 30 levels is 8.5
     return (
         np.array(affine, np.int32), np.array(factor, np.float32), np.array(mask, np.uint8),
         np.array(threshold, np.float32),
