@@ -15,6 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.total_epochs = placeholder(float)  # exactly one of these two is set
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
+    c.batch_norm_span = placeholder(int)  # images with statistics in common: a part of a device's, or several's
     c.init_from = placeholder(str)  # first weights: WORKDIR (or :best, :STEP), an exported folder, a net on board
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"
@@ -63,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.augment.crop_aspect = (0.75, 4 / 3)  # its width / height
     c.augment.randaugment = 0  # streaming: so many operations an image
     c.augment.randaugment_magnitude = 9.0  # of 10
+    c.augment.trivialaugment = False  # one operation an image, of any strength (TrivialAugment-Wide)
     c.augment.color_jitter = (0.0, 0.0, 0.0)  # brightness, contrast, saturation: by a factor of 1 - x to 1 + x
     c.augment.pca_lighting = 0.0  # standard deviation along the principal components; AlexNet's is 0.1
     c.augment.random_erasing = 0.0  # share of images that lose a rectangle
@@ -81,6 +83,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.decay_norms_and_biases = True  # False: weight decay on convolution and linear kernels only
     c.optimizer.decay_norm_scales = placeholder(bool)  # of norms the scales apart from the biases; None: as these
     c.optimizer.clip_norm = placeholder(float)  # global norm of the gradients
+
+    c.sam = ml_collections.ConfigDict()  # sharpness-aware minimisation: flatter minima, twice the time of a step
+    c.sam.rho = 0.0  # how far from the weights, up the gradient, a step takes its gradient; 0: without it
+    c.sam.last = "100%"  # the last part of the run goes with it
 
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "step"  # step | cosine | linear | constant

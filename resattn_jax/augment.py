@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from resattn_jax.trivial_augment import trivial_augment
+
 
 def normalize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array:
     """uint8 [B, H, W, C] -> float32, (x / 255 - mean) / std.
@@ -112,6 +114,8 @@ def recolor(
 
     positions int32 [B] are the examples' positions in the global batch.
     """
+    if section.trivialaugment:
+        images = trivial_augment(_keys(key, positions, 6), images)
     if any(section.color_jitter):
         images = color_jitter(_keys(key, positions, 2), images, section.color_jitter)
     if section.pca_lighting:

@@ -77,7 +77,8 @@ class Classifier:
     ):
         mesh = runtime.make_mesh(jax.local_devices()[:1])
         one = config.copy_and_resolve_references()
-        one.update(batch_size=2, accumulate=1, sync_batch_norm=False)  # of training; the device is one
+        # These are of training, on other devices.
+        one.update(batch_size=2, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
         self.config, self._name = config, name or f"a {config.model.name}"
         self._programs: dict[tuple[str, ...], Any] = {}
         self._experiment: Experiment = build(one, for_evaluation(config, spec), mesh)

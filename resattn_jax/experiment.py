@@ -35,7 +35,10 @@ EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global."""
+    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global.
+
+    sam_from: the number of steps after which the rest are `sam_steps`; without SAM the length of the run.
+    """
 
     spec: DataSpec
     mesh: Mesh
@@ -49,6 +52,8 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     steps_per_dispatch: int
+    sam_rho: float
+    sam_from: int
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
@@ -63,9 +68,17 @@ class Experiment:
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
-        mirrored = self.spec.resident and self.recipe.augment.alternating_flip
+        return self._make_train_steps(self.recipe)
+
+    @functools.cached_property
+    def sam_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The same with SAM, of the same arguments."""
+        return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho))
+
+    def _make_train_steps(self, recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        mirrored = self.spec.resident and recipe.augment.alternating_flip
         take, steps = resident.take_mirrored if mirrored else self._pipeline.take, self.steps_per_dispatch
-        return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
+        return make_train_steps(self.model, self.optimizer, recipe, self.mesh, self.platform, take, steps)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""
@@ -176,6 +189,8 @@ def build(
         batch_size=config.batch_size,
         eval_batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
         steps_per_dispatch=(config.steps_per_dispatch or platform.steps_per_dispatch) if spec.resident else 1,
+        sam_rho=config.sam.rho,
+        sam_from=max(durations.total - durations("sam.last"), 0) if config.sam.rho else durations.total,
     )
 
 
@@ -187,7 +202,8 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: P
             config.model.name,
             num_classes=num_classes,
             dtype=platform.dtype(config.model.dtype),
-            axis_name="data" if config.sync_batch_norm else None,
+            axis_name="data" if config.sync_batch_norm or config.batch_norm_span else None,
+            norm_span=config.batch_norm_span,
             **options,
             **platform.layers,
         )
@@ -207,6 +223,13 @@ def _check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
         raise UsageError(
             f"config.accumulate is {config.accumulate}; it must be 1 or more and divide the {size // devices} images"
             f" that each of the {devices} devices has of a batch of {size}"
+        )
+    share, span = size // devices // config.accumulate, config.batch_norm_span
+    if span and share % span and (span % share or devices % (span // share)):
+        micro = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"config.batch_norm_span is {span}; it must divide the {share} images that each of the {devices} devices"
+            f" has at once of a batch of {size}{micro}, or be that of a number of devices which divides {devices}"
         )
     if (config.augment.mixup_alpha or config.augment.cutmix_alpha) and size // devices % 2:
         raise UsageError(
@@ -228,6 +251,8 @@ def _check_images(config: ml_collections.ConfigDict, spec: DataSpec) -> None:
         raise UsageError(
             f"color_jitter and pca_lighting are for colour images; {config.data.name} has {channels} channel"
         )
+    if channels not in (1, 3) and augment.trivialaugment:
+        raise UsageError(f"trivialaugment is for grey and colour images; {config.data.name} has {channels} channels")
     for key in ("crop_padding", "cutout"):
         if augment[key] > min(height, width):
             raise UsageError(

@@ -34,9 +34,9 @@ class Recipe:
 
     seed: a number, or a uint32 scalar in a program that takes it as an argument. mean, std: as `normalize` takes them.
     augment: the section config.augment as it is. mixup_until: the first step without mixup. accumulate: the number of
-    micro-batches that a device's batch is split into, and which divides it. mirror: an evaluation sees every image in
-    the mirror too. skip_not_finite: a step whose loss or gradient is not finite counts as done; otherwise no step is
-    done after it.
+    micro-batches that a device's batch is split into, and which divides it. sam_rho: how far from the weights the
+    gradient is taken, 0: at them. mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step
+    whose loss or gradient is not finite counts as done; otherwise no step is done after it.
     """
 
     seed: int | jax.Array
@@ -47,6 +47,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     accumulate: int = 1
+    sam_rho: float = 0.0
     mirror: bool = False
     skip_not_finite: bool = False
 
@@ -67,6 +68,12 @@ def network_inputs(
     return mix(recipe.augment, random_key(recipe.seed, "mixup", step), images, targets, step < recipe.mixup_until)
 
 
+def ascend(params: Any, gradients: Any, rho: float) -> Any:
+    """The weights where SAM takes its gradient, `rho` away up the gradient (Foret et al., 2021, arXiv 2010.01412)."""
+    scale = rho / (optax.tree.norm(gradients) + 1e-12)
+    return jax.tree.map(lambda p, g: p + scale * g, params, gradients)
+
+
 def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -82,6 +89,8 @@ def train_step(
     a device is: it has batch statistics of its own, and gradients and new running statistics are the average over all.
     The batch itself, its augmentation and its mixup pairs are the same with any number of them. loops: whether the
     micro-batches may be a loop, which needs less memory.
+    With recipe.sam_rho a device, or a micro-batch, goes up its own gradient, without a word to others (m-sharpness),
+    and the average is of the gradients found there. Loss, top-1 and running statistics are those of the weights.
     Returns the new state, the same on all devices, and the global batch's loss (nats), top1 and gradient norm.
     """
     images, targets = network_inputs(recipe, state.step, images, labels, model.num_classes)
@@ -93,10 +102,12 @@ def train_step(
         return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], top1)
 
     def micro_batch(sums: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
+        (loss, (batch_stats, top1)), grads = gradient(state.params, *batch)
+        if recipe.sam_rho:
+            grads = gradient(ascend(state.params, grads, recipe.sam_rho), *batch)[1]
         return jax.tree.map(jnp.add, sums, (grads, batch_stats)), (loss, top1)
 
-    n = recipe.accumulate
+    gradient, n = jax.value_and_grad(loss_fn, has_aux=True), recipe.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
     zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
     if n == 1 or not loops:

@@ -24,6 +24,7 @@ from resattn_jax.state import random_key
 # What each key can be, written down a second time.
 WHOLE = {
     "seed": (0, 2**32 - 1), "batch_size": (1, 2**20), "accumulate": (1, 2**20), "total_steps": (1, 2**31 - 1),
+    "batch_norm_span": (1, 2**20),
     "steps_per_dispatch": (1, 10_000), "model.p": (0, 64), "model.t": (0, 64), "model.r": (0, 64),
     "model.last": (0, 64), "data.image_size": (8, 4096), "data.workers": (0, 1024), "augment.crop_padding": (0, 512),
     "augment.randaugment": (0, 16), "augment.cutout": (0, 4096), "eval.batch_size": (1, 2**20),
@@ -38,11 +39,11 @@ REAL = {  # the least and the most that can be
     "optimizer.momentum": (0, math.nextafter(1, DOWN)), "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (5e-324, 1e6), "schedule.learning_rate": (0, 1000), "schedule.factor": (5e-324, 10),
     "ema_decay": (0, math.nextafter(1, DOWN)), "eval.crop_fraction": (0.01, 1),
-    "watchdog_minutes": (0, 1e6),
+    "watchdog_minutes": (0, 1e6), "sam.rho": (0, 100),
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "augment.alternating_flip", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "augment.alternating_flip", "augment.trivialaugment", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
     "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
@@ -69,7 +70,7 @@ TEXT = {  # (that can be, that cannot)
 }
 DURATION = {  # whether 0 is one
     "log_every": False, "eval.every": False, "checkpoint.every": False, "schedule.warmup": True,
-    "augment.mixup_off_last": True,
+    "augment.mixup_off_last": True, "sam.last": True,
 }  # fmt: skip
 REALS = {"data.mean": (0, 1, range(1, 5)), "data.std": (1e-6, 100, range(1, 5)), "augment.color_jitter": (0, 1, [3])}
 INTERVAL = {"augment.crop_area": 1, "augment.crop_aspect": 100}
@@ -77,7 +78,7 @@ OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
     "data.image_size", "optimizer.clip_norm", "optimizer.decay_norm_scales", "ema_decay", "eval.every",
-    "eval.max_examples", "eval.image_size", "checkpoint.every", "tracker",
+    "eval.max_examples", "eval.image_size", "checkpoint.every", "batch_norm_span", "tracker",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes
@@ -220,6 +221,7 @@ def test_what_lies_within_the_bounds_is_accepted(key):
     for value in good(key):
         together = {
             "accumulate": {"batch_size": value},
+            "batch_norm_span": {"batch_size": value or 64},
             "total_epochs": {"total_steps": None if value else 5},
             "total_steps": {"total_epochs": None if value else 5.0},
         }
@@ -273,6 +275,7 @@ STREAMED = [
         ({"total_steps": None, "total_epochs": 4.5, "schedule.warmup": "5 epochs"}, "the run, which has 4.5 epochs"),
         ({**MIXED, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "config.augment.mixup_off_last is '10 st"),
         ({"augment.cutmix_alpha": 1.0, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "which has 9 steps"),
+        ({"sam.rho": 0.1, "total_steps": 9, "sam.last": "10 steps"}, "config.sam.last is '10 steps'; it must no"),
         ({"schedule.boundaries": ("60%", "30%")}, "config.schedule.boundaries is ('60%', '30%'); they must be"),
         ({"total_steps": 100, "schedule.boundaries": ("50 steps", "40%")}, "('50 steps', '40%'); they must be in asc"),
         ({"total_steps": 100, "schedule.boundaries": ("100 steps",)}, "each must lie before the end of the run"),
@@ -280,6 +283,8 @@ STREAMED = [
         ({"schedule.boundaries": tuple(f"{i}%" for i in range(90, 9, -1))}, "config.schedule.boundaries is ('90%', "),
         ({"batch_size": 64, "accumulate": 3}, "config.accumulate is 3; it must divide config.batch_size, which is 64"),
         ({"batch_size": 64, "accumulate": 128}, "config.accumulate is 128; it must divide config.batch_size"),
+        ({"sync_batch_norm": True, "batch_norm_span": 32}, "sync_batch_norm is True and config.batch_norm_span is 32"),
+        ({"batch_size": 64, "batch_norm_span": 128}, "config.batch_norm_span is 128; it must be at most config.batch"),
         ({**MIXED, "batch_size": 63}, "config.batch_size is 63; mixup and CutMix pair the images"),
         ({"data.mean": (0.5,) * 3, "data.std": (0.5,) * 4}, "config.data.mean has 3 values and config.data.std 4"),
         ({"data.image_size": 32, "augment.cutout": 33}, "config.augment.cutout is 33; it must be no larger than"),
@@ -305,6 +310,7 @@ def test_keys_that_contradict_each_other_are_refused(changes, named):
         {"total_steps": 9, "augment.mixup_off_last": "10 steps"},  # nothing is mixed
         {"total_steps": 9, "schedule.name": "cosine", "schedule.boundaries": ("99 steps", "5 steps")},
         {"total_steps": 100, "schedule.boundaries": ("50 steps", "1 epoch", "60%", "60%", "99 steps")},
+        {"total_steps": 9, "sam.last": "10 steps"},  # there is no SAM
         {"batch_size": 63},
         {**MIXED, "batch_size": 2},
         {"batch_size": 63, "accumulate": 21},

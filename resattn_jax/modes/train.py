@@ -155,12 +155,21 @@ class Training:
         if self.step == self.total:
             return
         self.startup.done("checkpoint" if self.step else "first weights")
-        self.report.say("compiling the train step …")
-        compiled = runtime.compile_timed(self.experiment.train_steps, *self.experiment.train_shapes())
+        cached = self.compile_step()
+        self.startup.done("compiling (from the cache)" if cached else "compiling")
+
+    def compile_step(self) -> bool:
+        """Compiles the program of the steps from here on. Returns whether the cache had it."""
+        experiment, which = self.experiment, "train step"
+        steps = experiment.train_steps if self.step < experiment.sam_from else experiment.sam_steps
+        if self.step >= experiment.sam_from:
+            which = f"train step with SAM, which begins after step {experiment.sam_from}"
+        self.report.say(f"compiling the {which} …")
+        compiled = runtime.compile_timed(steps, *experiment.train_shapes())
         self.train_steps = compiled.program
-        self.startup.done("compiling (from the cache)" if compiled.cached else "compiling")
         whence = "from" if compiled.cached else "the next start finds it in"
         self.report.say(f"compiled in {compiled.seconds:.1f} s ({whence} the cache)")
+        return compiled.cached
 
     def loop(self, signals: Signals) -> None:
         """Steps, log, evaluate, save, in this order, to the end. Raises Interrupted after a signal."""
@@ -168,6 +177,8 @@ class Training:
         while self.step < self.total:
             self.dispatch()
             due = {name for name, n in self.experiment.every.items() if self.step == self.total or self._divides(n)}
+            if self.step == self.experiment.sam_from < self.total:
+                due.add("sam")
             stopping = runtime.agreed(signals.received, due=bool(due))
             self.final = None
             if due or stopping:
@@ -179,13 +190,15 @@ class Training:
                 self.log()
             if "eval" in due:
                 self.final = self.evaluate()
-            if due & {"eval", "save"} or stopping:
+            if due & {"eval", "save", "sam"} or stopping:  # before compiling, which no signal cuts short
                 self.save()
             if stopping and self.step < self.total:
                 self.settle()
                 raise Interrupted(
                     stopping, f"stopped at step {self.step} of {self.total}; the same command goes on from there"
                 )
+            if "sam" in due:
+                self.compile_step()
             if due or not self.warm:
                 jax.block_until_ready(self.state.step)
                 self.warm = True
@@ -193,7 +206,9 @@ class Training:
 
     def dispatch(self) -> None:
         """Trains up to the next step at which something is due, or as many as one dispatch takes."""
-        until_due = (n - self.step % n for n in self.experiment.every.values() if n)
+        until_due = [n - self.step % n for n in self.experiment.every.values() if n]
+        if self.step < self.experiment.sam_from:
+            until_due.append(self.experiment.sam_from - self.step)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
         if self.step == 0:
