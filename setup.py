@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
-    package_data={"resattn_jax": ["py.typed", "report/templates/*.html", "weights/**"]},
+    package_data={"resattn_jax": ["py.typed", "data/sources/*.npz", "report/templates/*.html", "weights/**"]},
     entry_points={"console_scripts": ["resattn_jax = resattn_jax.__main__:program"]},
     python_requires=">=3.11",
     install_requires=[

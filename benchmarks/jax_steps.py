@@ -48,8 +48,8 @@ class JaxSteps:
             "image": jnp.asarray(rng.integers(0, 256, (batch, *shape), np.uint8)),
             "label": jnp.asarray(rng.integers(0, net.model.num_classes, batch), jnp.int32),
         }
-        self.state = jax.jit(lambda: create_state(net.model, self.optimizer, shape, seed=0, ema=False))()
-        self.peak_flops, self.peak_bytes_per_second = machine_peaks(net.model.dtype)
+        self.state = create_state(net.model, self.optimizer, shape, seed=0, ema=False)
+        self.peak_flops, self.peak_bytes_per_second = machine_peaks(jnp.dtype(net.model.dtype))
 
     def inference(self) -> Timed:
         """One evaluation step."""

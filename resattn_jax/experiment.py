@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax import metrics
@@ -24,10 +23,12 @@ from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import first_variables
 from resattn_jax.models.nets import smallest_side
+from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.optimizer import make_optimizer, make_schedule
 from resattn_jax.runtime import Platform, device_faults, platform_of
-from resattn_jax.state import TrainState, random_key
+from resattn_jax.state import TrainState
 from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
 
 EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
@@ -43,7 +44,7 @@ class Experiment:
     spec: DataSpec
     mesh: Mesh
     platform: Platform
-    model: nn.Module
+    model: ResidualAttentionNetwork
     recipe: Recipe
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -58,12 +59,11 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
         sharding = NamedSharding(self.mesh, P())
-        shapes = self._create_state.eval_shape(np.uint32(0))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._shapes)
 
     def initial_state(self) -> TrainState:
         """The state of step 0, weights drawn from the seed, whole on every device."""
-        return self._create_state(np.uint32(self.recipe.seed))
+        return _fill(self.model, self.optimizer, self._shapes, int(self.recipe.seed), NamedSharding(self.mesh, P()))
 
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -119,35 +119,68 @@ class Experiment:
     def _pipeline(self) -> Any:
         return resident if self.spec.resident else streaming
 
-    @functools.cached_property  # one function for both, so that the net is traced once
-    def _create_state(self) -> Any:
-        create = functools.partial(
-            create_state,
-            self.model,
-            self.optimizer,
-            self.spec.image_shape,
-            ema=self.recipe.ema_decay is not None,
-        )
-        return jax.jit(lambda seed: create(seed=seed), out_shardings=NamedSharding(self.mesh, P()))
+    @functools.cached_property  # the net is traced once
+    def _shapes(self) -> TrainState:
+        ema = self.recipe.ema_decay is not None
+        return state_shapes(self.model, self.optimizer, self.spec.image_shape, ema=ema)
 
 
 def create_state(
-    model: nn.Module,
+    model: ResidualAttentionNetwork,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     *,
-    seed: jax.Array | int,
+    seed: int,
     ema: bool,
 ) -> TrainState:
-    """The state of step 0, weights drawn from the seed. image_shape: (H, W, C); ema: with a moving average."""
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = model.init(random_key(seed, "init"), images, train=False)
+    """The state of step 0 on the first device, weights drawn from the seed. image_shape, ema: as `state_shapes`."""
+    shapes = state_shapes(model, optimizer, image_shape, ema=ema)
+    return _fill(model, optimizer, shapes, seed, SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def state_shapes(
+    model: ResidualAttentionNetwork,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    *,
+    ema: bool,
+) -> TrainState:
+    """A state's shapes and dtypes. image_shape: (H, W, C); ema: with a moving average."""
+
+    def state(images: jax.Array) -> TrainState:
+        variables = model.init(jax.random.key(0), images, train=False)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+            ema=dict(variables) if ema else None,
+        )
+
+    shapes: TrainState = jax.eval_shape(state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return shapes
+
+
+def _fill(
+    model: ResidualAttentionNetwork,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    seed: int,
+    sharding: Sharding,
+) -> TrainState:
+    """A state of these shapes, its weights drawn on the host, the same on every one, and put whole on every device."""
+
+    def put(tree: Any) -> Any:  # each time into memory of its own
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i].copy()), tree)
+
+    variables = first_variables(model, shapes.variables, seed)
+    params = put(variables["params"])
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
-        ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
+        step=put(np.zeros((), np.int32)),
+        params=params,
+        batch_stats=put(variables["batch_stats"]),
+        opt_state=jax.jit(optimizer.init, out_shardings=sharding)(params),
+        ema=None if shapes.ema is None else put(variables),
     )
 
 
@@ -194,7 +227,7 @@ def build(
     )
 
 
-def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: Platform) -> nn.Module:
+def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: Platform) -> ResidualAttentionNetwork:
     """The net of config.model. Raises UsageError for options that do not go together."""
     options = {k: v for k, v in config.model.items() if k not in ("name", "dtype") and v is not None}
     try:

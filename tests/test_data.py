@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from helpers import examples
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from resattn_jax.data.order import batch_rows, mirrored
 from resattn_jax.data.pictures import Picture
@@ -123,6 +124,16 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     assert counts.min() >= 34  # 360 of ten nearly equal classes
     assert counts.max() <= 37
     np.testing.assert_array_equal(test.labels, read(open_source("digits", "test")).labels)
+
+
+def test_digits_are_in_the_order_that_scikit_learn_splits_them_into():
+    """The test set's own indices, drawn by scikit-learn, as runs of older versions had them."""
+    digits = load_digits()
+    splits = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0, shuffle=True)
+    for name, rows in zip(("train", "test"), splits, strict=True):
+        ours = read(open_source("digits", name))
+        np.testing.assert_array_equal(ours.labels, digits.target[rows])
+        np.testing.assert_array_equal(ours.images[..., 0], np.round(digits.images[rows] * 255 / 16))
 
 
 def test_cifar10_is_read_as_tfds_wrote_it(tfds_dir):
@@ -310,7 +321,7 @@ def test_a_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path, monkeypatch
 
 
 def test_preparing_says_in_a_sentence_where_the_set_lies_or_that_nothing_is_to_be_done(tfds_dir):
-    assert prepare("digits") == "digits come with scikit-learn and need no preparing"
+    assert prepare("digits") == "digits are on board and need no preparing"
     assert prepare("cifar10", tfds_dir).startswith(f"cifar10 lies in {tfds_dir}/cifar10/")
     assert prepare("folder:/no/such") == "folder:/no/such needs no preparing; start training"
     assert prepare("synthetic").endswith("synthetic needs no preparing; start training")

@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 
 from resattn_jax.config import why_streamed
 from resattn_jax.data import resident, streaming
+from resattn_jax.data.kept import read_kept
 from resattn_jax.data.label_noise import NoisySource
 from resattn_jax.data.pictures import BrokenPicture, Picture, exif_orientation
-from resattn_jax.data.sources import Examples, Source, Split, open_source, read
+from resattn_jax.data.sources import Examples, Source, Split, open_source
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import UsageError
-from resattn_jax.runtime import Platform
+from resattn_jax.runtime import Platform, kept_folder
 
 log = logging.getLogger("resattn_jax")
 
@@ -309,7 +310,7 @@ def _reading(data: ml_collections.ConfigDict, platform: Platform, mesh: Mesh) ->
 
 
 def _read(config: ml_collections.ConfigDict, source: Source) -> Examples:
-    examples = read(source, skip_broken=config.data.broken == "skip")
+    examples = read_kept(source, kept_folder(), skip_broken=config.data.broken == "skip")
     for name, why in examples.broken:
         log.warning("skipped %s: %s", name, why)
     return examples

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -19,11 +19,12 @@ from resattn_jax.models.nets import Pointwise, Pooling, Upsampling
 
 # He et al., "Delving Deep into Rectifiers" (ICCV 2015): normal with variance 2/fan.
 # "pytorch" is what torch.nn.Conv2d and torch.nn.Linear draw: uniform in ±1/sqrt(fan_in).
-INITIALIZERS = {
-    "he_fan_in": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-    "he_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    "pytorch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+SCALINGS: dict[str, tuple[float, Literal["fan_in", "fan_out"], Literal["normal", "uniform"]]] = {
+    "he_fan_in": (2.0, "fan_in", "normal"),
+    "he_fan_out": (2.0, "fan_out", "normal"),
+    "pytorch": (1 / 3, "fan_in", "uniform"),
 }
+INITIALIZERS = {name: nn.initializers.variance_scaling(*scaling) for name, scaling in SCALINGS.items()}
 
 
 def widen(x: jax.Array) -> jax.Array:
