@@ -16,6 +16,7 @@ from resattn_jax.errors import UsageError
 from resattn_jax.experiment import create_state
 from resattn_jax.models import create_model
 from resattn_jax.runtime import CPU, TPU, make_mesh
+from resattn_jax.state import TrainState
 from resattn_jax.train_step import make_train_steps, network_inputs
 
 RNG = np.random.default_rng(0)
@@ -29,10 +30,19 @@ def recipe(accumulate):
     )
 
 
+def first_state(model, optimizer):
+    """The state of step 0; that of a module of this file as Flax makes it."""
+    if not isinstance(model, NoBatchNorm):
+        return create_state(model, optimizer, IMAGES.shape[1:], seed=0, ema=False)
+    variables = model.init(jax.random.key(0), np.zeros((1, *IMAGES.shape[1:]), np.float32), train=False)
+    params, zero = variables["params"], jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, variables["batch_stats"], optimizer.init(params), ema=None)
+
+
 def lower(model, accumulate, devices, optimizer, platform=CPU):
     """One step on IMAGES and LABELS, lowered, and its arguments."""
     mesh = make_mesh(devices)
-    state = create_state(model, optimizer, IMAGES.shape[1:], seed=0, ema=False)
+    state = first_state(model, optimizer)
     batch = put(IMAGES[None], mesh, P(None, "data")), put(LABELS[None], mesh, P(None, "data"))
     steps = make_train_steps(model, optimizer, recipe(accumulate), mesh, platform, lambda arrays, batch: batch, 1)
     arguments = (
