@@ -5,6 +5,7 @@ resattn_jax [--config=NAME or FILE] [--mode=train|evaluate|show_data|…] [--wor
 `python -m resattn_jax` and, in the repository, `python main.py` are the same.
 """
 
+import gc
 import importlib
 import io
 import keyword
@@ -34,6 +35,7 @@ def program() -> int:
     try:
         SIGNALS.catch()
         use_large_pages()
+        gc.set_threshold(200_000, 50, 1000)  # tracing a net makes millions of small objects, of which few are garbage
         main(sys.argv)
         sys.stdout.flush()
         return 0
