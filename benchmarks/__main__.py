@@ -66,6 +66,7 @@ FIGURES = {
         ("compiled --config=configs/cifar10_ra92.py --topology=h100 --batch_per_chip=512",),
         ("jax_cuda13_plugin",),
     ),
+    "startup_cpu": Figure("docs/performance.md, Start-up", ("startup --rounds=3",), ("CPU", "cifar10")),
     "input": Figure("docs/data.md", ("input --json=/dev/stdout",), ("imagenet2012",)),
     "kills": Figure("docs/reliability.md", ("kills --kills=100",), ("CPU",)),
     "long_run_cpu": Figure("docs/reliability.md", ("long_run --steps=10000",), ("CPU", "psutil")),
@@ -83,16 +84,16 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _has_imagenet() -> bool:
+def _is_prepared(data: str) -> bool:
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return (pathlib.Path(folder).expanduser() / "imagenet2012").is_dir()
+    return (pathlib.Path(folder).expanduser() / data).is_dir()
 
 
 # {what a figure needs: (whether it is there, the environment it is then measured with)}
 NEEDS: dict[str, tuple[Callable[[], bool], dict[str, str]]] = {
     "CPU": (lambda: True, {"JAX_PLATFORMS": "cpu"}),
     "GPU": (_finds_gpu, {}),
-    "imagenet2012": (_has_imagenet, {}),
+    **{name: (functools.partial(_is_prepared, name), {}) for name in ("cifar10", "imagenet2012")},
     **{name: (functools.partial(_is_installed, name), {}) for name in ("libtpu", "jax_cuda13_plugin", "psutil")},
 }
 
