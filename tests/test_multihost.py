@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, free_port
 
+from benchmarks.kills import read_events
+
 RUN = ["--config.total_steps=6", "--config.batch_size=32", "--config.log_every=3 steps", "--config.eval.every=3 steps"]
 RUN += ["--config.sync_batch_norm=True", "--config.model.p=0", "--config.model.t=1", "--config.model.last=0"]
 
@@ -46,6 +48,9 @@ def test_two_processes_are_one_run(tmp_path):
         assert ours.keys() - {"train/images_per_second"} == theirs.keys() - {"train/images_per_second"}
         for key in ours.keys() & {"step", "train/loss", "train/top1", "eval/loss", "eval/top1", "eval/examples"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    events = (event for path in together.glob("events.*") for event in read_events(path.read_bytes()))
+    drawn = [event.step for event in events for value in event.summary.value if value.tag == "eval/masks"]
+    assert drawn == [3, 6]  # by the first host alone
     assert sorted(p.name for p in (together / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6"]
 
 

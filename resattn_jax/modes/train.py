@@ -284,7 +284,8 @@ class Training:
         """Measures the evaluation split, logs it, keeps the best, and returns the metrics of one number."""
         metrics = self.measure()
         self.report.log(self.step, "eval", metrics)
-        self.report.masks(self.step, self.masks, self.state.eval_variables)
+        drawn = self.masks.draw(self.state.eval_variables)  # by every host, so that none waits for another in a step
+        self.report.masks(self.step, drawn)
         self.watchdog.alive()
         final = scalars(metrics)
         if is_better(final, self.best):

@@ -22,8 +22,9 @@ _CELL, _GAP, _HEAD, _BAR = 88, 4, 58, 128  # pixels: a cell's sides, between two
 class MaskSheet:
     """Draws the first pictures of the evaluation split, each with the mean of every module's mask over its channels.
 
-    One device of one host computes it, so that a host may draw alone. Its program, a forward pass of eight pictures, is
-    none of the run's: it is compiled at the first drawing. Until then this costs nothing.
+    One device of this host computes it, of pictures that the host reads by itself: nothing is exchanged. Its program, a
+    forward pass of eight pictures, is none of the run's: it is compiled at the first drawing. Until then this costs
+    nothing.
     """
 
     def __init__(self, experiment: Experiment, data: TrainingData):

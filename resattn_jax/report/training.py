@@ -19,7 +19,6 @@ import rich.progress
 import rich.table
 
 from resattn_jax.report.console import metrics_table
-from resattn_jax.report.mask_sheet import MaskSheet
 from resattn_jax.report.tensorboard import EventFile, confusion_picture, hyper_parameters
 from resattn_jax.report.tracker import Tracker
 from resattn_jax.run import Run
@@ -99,14 +98,12 @@ class Report:
             self._events.image("train/batch", np.asarray(sheet), 0)
             self._events.flush()  # a run that goes on does not draw it again
 
-    def masks(self, step: int, sheet: MaskSheet, variables: Any) -> None:
-        """Shows TensorBoard the masks of a few evaluation pictures."""
-        if self._active:
+    def masks(self, step: int, drawn: np.ndarray | None) -> None:
+        """Shows TensorBoard the masks of a few evaluation pictures, as `MaskSheet.draw` gives them."""
+        if self._active and drawn is not None:
             assert self._events
-            drawn = sheet.draw(variables)
-            if drawn is not None:
-                self._events.image("eval/masks", drawn, step)
-                self._events.flush()
+            self._events.image("eval/masks", drawn, step)
+            self._events.flush()
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
         """Moves the progress line."""
