@@ -167,19 +167,17 @@ def _stretch(images: jax.Array, on: jax.Array) -> jax.Array:
 
 
 def _equalize(images: jax.Array, on: jax.Array) -> jax.Array:
-    """Flattens the histogram of each channel where on, bool [B]. images: whole numbers in float32.
-
-    A histogram is a product of matrices: of the upper four bits of each pixel, one-hot, and of the lower four.
-    """
+    """Flattens the histogram of each channel where on, bool [B]. images: whole numbers in float32."""
     count, height, width, channels = images.shape
     values = jnp.moveaxis(images, -1, 1).reshape(count * channels, -1).astype(jnp.int32)
-    upper, lower = jax.nn.one_hot(values >> 4, 16, axis=1), jax.nn.one_hot(values & 15, 16, axis=1)
-    histogram = jnp.einsum("iup,ilp->iul", upper, lower).reshape(-1, 256)
-    most = jnp.max(values, 1, keepdims=True)
-    step = jnp.floor((height * width - jnp.take_along_axis(histogram, most, axis=1)) / 255)
+    bins = 256 * jnp.arange(len(values))[:, None] + values
+    histogram = jnp.zeros(256 * len(values), jnp.int32).at[bins].add(1, mode="promise_in_bounds")
+    histogram = histogram.reshape(-1, 256).astype(jnp.float32)
     before = jnp.cumsum(histogram, 1) - histogram
+    most = jnp.max(values, 1, keepdims=True)
+    step = jnp.floor(jnp.take_along_axis(before, most, axis=1) / 255)
     table = jnp.floor((before + jnp.floor(step / 2) + 0.5) / jnp.maximum(step, 1))
-    flat = jnp.minimum(jnp.take_along_axis(table, values, axis=1, mode="promise_in_bounds"), 255)
-    flat = jnp.where(step > 0, flat, values.astype(flat.dtype))
+    table = jnp.where(step > 0, jnp.minimum(table, 255), np.arange(256, dtype=np.float32)[None])
+    flat = jnp.take_along_axis(table, values, axis=1, mode="promise_in_bounds")
     flat = jnp.moveaxis(flat.reshape(count, channels, height, width), 1, -1)
     return jnp.where(on[:, None, None, None], flat, images)
