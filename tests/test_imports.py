@@ -60,7 +60,7 @@ LAYERS = [
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog"],
+    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog", "profiler"],
     ["signals", "errors"],
 ]
 
