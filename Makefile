@@ -10,7 +10,7 @@ demo: .venv/installed  ## trains on a data set that is on board, prints the accu
 	$(BIN)/python main.py --mode=report --workdir=runs/digits
 
 test: .venv/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: .venv/installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .

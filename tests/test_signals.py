@@ -7,12 +7,11 @@ import time
 
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SMALL
 
 from benchmarks import kills
 
-RUN = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
-RUN += ["--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
+RUN = [*SMALL, "--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
 
 
 def start(workdir, *flags, program=("main.py",)):

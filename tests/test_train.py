@@ -14,6 +14,8 @@ from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def stop_at(monkeypatch, step):
     """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""

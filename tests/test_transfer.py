@@ -18,6 +18,8 @@ from resattn_jax.modes.export import export_folder, export_torch
 from resattn_jax.modes.import_ import import_torch
 from resattn_jax.modes.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def variables():
