@@ -3,11 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint package torch constraints clean
+.PHONY: demo test bench lint package torch constraints clean
 
 demo: .venv/installed  ## trains on a data set that is on board, prints the accuracy and writes a report
 	$(BIN)/python main.py --config=configs/digits.py --workdir=runs/digits
 	$(BIN)/python main.py --mode=report --workdir=runs/digits
+
+bench: .venv/installed-test  ## measures again every figure that this machine can: an hour or more
+	$(BIN)/python -m benchmarks --all
 
 test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal

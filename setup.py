@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["resattn_jax", "resattn_jax.*"]),
-    package_data={"resattn_jax": ["py.typed", "report/templates/*.html", "weights/**"]},
+    package_data={"resattn_jax": ["py.typed", "data/sources/*.npz", "report/templates/*.html", "weights/**"]},
     entry_points={"console_scripts": ["resattn_jax = resattn_jax.__main__:program"]},
     python_requires=">=3.11",
     install_requires=[
@@ -51,6 +51,7 @@ setup(
         "prepare": ["tensorflow-cpu>=2.21"],  # TFDS needs TensorFlow to prepare a set, not to read one
         "torch": ["torch>=2.13"],
         "onnx": ["onnx>=1.20"],
+        "wandb": ["wandb>=0.19"],  # config.tracker
         "notebook": NOTEBOOK,
         "test": [
             "etils[epath-gcs]",
@@ -61,6 +62,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-xdist",
+            "wandb>=0.19",
             *NOTEBOOK,
         ],
         "lint": ["mypy", "ruff"],

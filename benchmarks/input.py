@@ -1,6 +1,6 @@
 """Measures the images per second that a host can feed: our pipeline, TFDS with tf.data, a PyTorch DataLoader.
 
-    python -m benchmarks.input [--data=imagenet2012] [--data_dir=DIR] [--images=2000] [--rounds=3]
+    python -m benchmarks.input [--data=imagenet2012] [--data_dir=DIR] [--images=2000] [--rounds=3] [--json=FILE]
 
 All three read the same pictures, take random resized crops of 224 pixels, mirror half of them and stack uint8 batches.
 TensorFlow and PyTorch come with the extras [prepare] and [torch]; what is not installed is left out. Each pipeline has
@@ -54,6 +54,11 @@ def main() -> None:
         table = run(args)
     print(f"{args.data}, {CORES} cores, crops of {SIZE}, batches of {BATCH}, median of {args.rounds} rounds")
     print_table(table)
+    if args.json:
+        with open(args.json, "a") as file:
+            for name, row in table.items():
+                about = {"data": args.data, "cores": CORES, "size": SIZE, "batch": BATCH}
+                file.write(json.dumps({"pipeline": name, **about, **row}) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", help="where TFDS has it; default: TFDS_DATA_DIR")
     parser.add_argument("--images", type=int, default=2000, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="append the figures to this file, an object a line")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--tfrecord", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -85,23 +91,15 @@ def ours(args: argparse.Namespace, workers: int) -> Iterator[int]:
     import jax
 
     from resattn_jax.data.sources import open_source
-    from resattn_jax.data.streaming import StreamingTrain
+    from resattn_jax.data.streaming import Reading, StreamingTrain
     from resattn_jax.data.transforms import TrainTransform
     from resattn_jax.runtime import make_mesh, platform_of
 
     source = open_source(args.data, "train", args.data_dir)
     transform = TrainTransform(SIZE, True, AREA, ASPECT, (0, 0.0))
     mesh = make_mesh(jax.devices()[:1])
-    stream = StreamingTrain(
-        source,
-        transform,
-        seed=0,
-        batch_size=BATCH,
-        workers=workers,
-        skip_broken=False,
-        shares_host_memory=platform_of(mesh).shares_host_memory,
-        mesh=mesh,
-    )
+    reading = Reading(workers, skip_broken=False, shares_host_memory=platform_of(mesh).shares_host_memory, mesh=mesh)
+    stream = StreamingTrain(source, transform, reading, seed=0, batch_size=BATCH)
     for step in itertools.count():
         yield stream.batches(step, 1)["image"].shape[1]
 

@@ -48,8 +48,8 @@ class JaxSteps:
             "image": jnp.asarray(rng.integers(0, 256, (batch, *shape), np.uint8)),
             "label": jnp.asarray(rng.integers(0, net.model.num_classes, batch), jnp.int32),
         }
-        self.state = jax.jit(lambda: create_state(net.model, self.optimizer, shape, seed=0, ema=False))()
-        self.peak_flops, self.peak_bytes_per_second = machine_peaks(net.model.dtype)
+        self.state = create_state(net.model, self.optimizer, shape, seed=0, ema=False)
+        self.peak_flops, self.peak_bytes_per_second = machine_peaks(jnp.dtype(net.model.dtype))
 
     def inference(self) -> Timed:
         """One evaluation step."""
@@ -67,13 +67,13 @@ class JaxSteps:
         count = min(self.platform.steps_per_dispatch, 10)
         steps = make_train_steps(self.net.model, self.optimizer, self.recipe, self.mesh, self.platform, take, count)
         rows = jnp.tile(jnp.arange(self.batch, dtype=jnp.int32), (count, 1))
-        compiled = compile_timed(steps, self.state, self.arrays, rows, np.zeros(2, np.int32))
+        compiled = compile_timed(steps, self.state, self.arrays, rows, np.zeros(2, np.int32), np.uint32(0))
         dones = itertools.count(0, count)
 
         def dispatch() -> None:
             done = next(dones)
             span = np.array([done, done + count], np.int32)
-            self.state, metrics = compiled.program(self.state, self.arrays, rows, span)
+            self.state, metrics = compiled.program(self.state, self.arrays, rows, span, np.uint32(0))
             jax.block_until_ready(metrics)
 
         return self._timed("train", dispatch, count, compiled.program, compiled.seconds)

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from resattn_jax.models import create_model
 from resattn_jax.models.count import count_multiply_adds, count_parameters
+from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.runtime import make_mesh, platform_of
 
 CLASSES = {32: 10}  # by the size of the images; 1000 for any other
@@ -28,7 +28,7 @@ CLASSES = {32: 10}  # by the size of the images; 1000 for any other
 class Net:
     """A net for square images. multiply_adds: those of a forward pass over one image."""
 
-    model: nn.Module
+    model: ResidualAttentionNetwork
     size: int
     parameters: int
     multiply_adds: int

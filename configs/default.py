@@ -15,11 +15,13 @@ def get_config() -> ml_collections.ConfigDict:
     c.total_epochs = placeholder(float)  # exactly one of these two is set
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
-    c.init_from = placeholder(str)  # a workdir to take the first weights from, or WORKDIR:best, or WORKDIR:STEP
+    c.batch_norm_span = placeholder(int)  # images with statistics in common: a part of a device's, or several's
+    c.init_from = placeholder(str)  # first weights: WORKDIR (or :best, :STEP), an exported folder, a net on board
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"
     c.on_nan = "fail"  # a step whose loss or gradient is not finite: fail (the run ends) | skip (it changes nothing)
     c.watchdog_minutes = 10.0  # without a step for so long it is told, once, what every thread does; 0: never
+    c.tracker = placeholder(str)  # wandb: what TensorBoard's curves have goes there too (pip install '.[wandb]')
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "ra92_cifar"
@@ -53,13 +55,16 @@ def get_config() -> ml_collections.ConfigDict:
     c.data.label_noise = 0.0  # share of training labels drawn anew among the other classes, by the seed
 
     c.augment = ml_collections.ConfigDict()
-    c.augment.crop_padding = 0  # zero-pad so many pixels on each side, crop the old size at random
+    c.augment.crop_padding = 0  # pad so many pixels on each side, crop the old size at random
+    c.augment.crop_mode = "zeros"  # what is padded: zeros (the mean colour) | reflect (the image mirrored)
     c.augment.flip = False  # left to right, half of the images
+    c.augment.alternating_flip = False  # instead: at random in the first epoch, then the other way round in each
     c.augment.random_resized_crop = False  # streaming: a window of random area and aspect, resized to image_size
     c.augment.crop_area = (0.08, 1.0)  # its share of the picture
     c.augment.crop_aspect = (0.75, 4 / 3)  # its width / height
     c.augment.randaugment = 0  # streaming: so many operations an image
     c.augment.randaugment_magnitude = 9.0  # of 10
+    c.augment.trivialaugment = False  # one operation an image, of any strength (TrivialAugment-Wide)
     c.augment.color_jitter = (0.0, 0.0, 0.0)  # brightness, contrast, saturation: by a factor of 1 - x to 1 + x
     c.augment.pca_lighting = 0.0  # standard deviation along the principal components; AlexNet's is 0.1
     c.augment.random_erasing = 0.0  # share of images that lose a rectangle
@@ -76,7 +81,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.optimizer.nesterov = True
     c.optimizer.weight_decay = 1e-4
     c.optimizer.decay_norms_and_biases = True  # False: weight decay on convolution and linear kernels only
+    c.optimizer.decay_norm_scales = placeholder(bool)  # of norms the scales apart from the biases; None: as these
     c.optimizer.clip_norm = placeholder(float)  # global norm of the gradients
+
+    c.sam = ml_collections.ConfigDict()  # sharpness-aware minimisation: flatter minima, twice the time of a step
+    c.sam.rho = 0.0  # how far from the weights, up the gradient, a step takes its gradient; 0: without it
+    c.sam.last = "100%"  # the last part of the run goes with it
 
     c.schedule = ml_collections.ConfigDict()
     c.schedule.name = "step"  # step | cosine | linear | constant

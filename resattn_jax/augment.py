@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from resattn_jax.trivial_augment import trivial_augment
+
 
 def normalize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array:
     """uint8 [B, H, W, C] -> float32, (x / 255 - mean) / std.
@@ -21,9 +23,13 @@ def normalize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def random_crop(keys: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Zero-pads `padding` pixels on each side and crops the old size at random. [B, H, W, C], one key an image."""
-    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+def random_crop(keys: jax.Array, images: jax.Array, padding: int, mode: str = "zeros") -> jax.Array:
+    """Pads `padding` pixels on each side and crops the old size at random. [B, H, W, C], one key an image.
+
+    mode: "zeros", or "reflect": the image goes on mirrored, the outermost pixel not repeated, as NumPy's reflect does.
+    """
+    widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(images, widths, "reflect") if mode == "reflect" else jnp.pad(images, widths)
 
     def crop(key: jax.Array, image: jax.Array) -> jax.Array:
         y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
@@ -108,6 +114,8 @@ def recolor(
 
     positions int32 [B] are the examples' positions in the global batch.
     """
+    if section.trivialaugment:
+        images = trivial_augment(_keys(key, positions, 6), images)
     if any(section.color_jitter):
         images = color_jitter(_keys(key, positions, 2), images, section.color_jitter)
     if section.pca_lighting:
@@ -123,7 +131,7 @@ def augment(
     positions as in `recolor`. Each operation has a number of its own for its random keys.
     """
     if section.crop_padding:
-        images = random_crop(_keys(key, positions, 0), images, section.crop_padding)
+        images = random_crop(_keys(key, positions, 0), images, section.crop_padding, section.crop_mode)
     if section.flip:
         images = random_flip(_keys(key, positions, 1), images)
     if section.random_erasing:

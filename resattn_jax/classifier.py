@@ -20,18 +20,16 @@ import PIL.ImageOps
 from etils import epath
 
 from resattn_jax import runtime
-from resattn_jax.checkpoint import Reader
 from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
 from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation, open_eval
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform
 from resattn_jax.errors import UsageError, nearest, printable, reason
 from resattn_jax.experiment import Experiment, build
-from resattn_jax.export.folder import WEIGHTS, read_weights
 from resattn_jax.intermediates import attention_modules, maps
-from resattn_jax.on_board import find
 from resattn_jax.run import Run
 from resattn_jax.train_step import predict
+from resattn_jax.trained import find_trained, is_exported, read_variables
 
 BATCH = 64  # images at a time; of maps, which are many times as large, fewer
 MAPS_BATCH = 8
@@ -79,7 +77,8 @@ class Classifier:
     ):
         mesh = runtime.make_mesh(jax.local_devices()[:1])
         one = config.copy_and_resolve_references()
-        one.update(batch_size=2, accumulate=1, sync_batch_norm=False)  # of training; the device is one
+        # These are of training, on other devices.
+        one.update(batch_size=2, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
         self.config, self._name = config, name or f"a {config.model.name}"
         self._programs: dict[tuple[str, ...], Any] = {}
         self._experiment: Experiment = build(one, for_evaluation(config, spec), mesh)
@@ -298,9 +297,7 @@ def load(path: epath.PathLike, checkpoint: str = "best") -> Classifier:
     of a net on board, such as "digits/ra_tiny" (`pretrained` lists them). checkpoint: of a run, "best" by top-1 (the
     newest where none was measured), "newest" or a step. Raises UsageError when there is no such net.
     """
-    run = Run(path)
-    if not run.path.exists():
-        run = find(path)
+    run = find_trained(path)
     config = run.config
     if config is None:
         raise UsageError(f"{run} holds no config.json: it is no workdir of a run, and no exported net")
@@ -313,20 +310,13 @@ def open_net(run: Run, config: ml_collections.ConfigDict, checkpoint: str, *, or
     or_newest: the newest checkpoint is the best where none was measured; else that is a UsageError.
     """
     spec = run.spec
-    if (run.path / WEIGHTS).exists():
-        if spec is None:
-            raise UsageError(f"{run} holds no data.json, which an exported net has")
-        if checkpoint not in ("best", "newest"):
-            raise UsageError(
-                f"{run} is an exported net, which has no checkpoint {checkpoint!r}; it has one set of weights"
-            )
-        return Classifier(config, spec, read_weights(run), name=str(run))
-    with Reader(run.checkpoints) as checkpoints:
-        step, variables = checkpoints.eval_variables(checkpoint, or_newest=or_newest)
+    if spec is None and is_exported(run):
+        raise UsageError(f"{run} holds no data.json, which an exported net has")
+    name, variables = read_variables(run, checkpoint, or_newest=or_newest)
     if spec is None:
         spec = spec_of_run(run, config, variables)
         run.check_data(spec)
-    return Classifier(config, spec, variables, name=f"{run}, step {step}")
+    return Classifier(config, spec, variables, name=name)
 
 
 def spec_of_run(run: Run, config: ml_collections.ConfigDict, variables: Mapping[str, Any]) -> DataSpec:

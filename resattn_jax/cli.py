@@ -108,8 +108,8 @@ flags.DEFINE_string(
     "output",
     None,
     "What is written: of export the folder or gs://BUCKET/FOLDER, which `resattn_jax.load` opens; of attention the"
-    " folder of the page, by default WORKDIR/attention; of report the page, by default WORKDIR/report.html; of predict"
-    " the file, .csv, .jsonl or .parquet.",
+    " folder of the page, by default WORKDIR/attention; of report the page, for one run by default WORKDIR/report.html;"
+    " of predict the file, .csv, .jsonl or .parquet.",
 )
 flags.DEFINE_multi_string(
     "images",
@@ -184,6 +184,8 @@ def parse(argv: Sequence[str]) -> Command:
     run, *others = runs = [Run(path) for path in _workdirs() or [default]]
     if others and FLAGS.mode != "report":
         raise UsageError(f"--workdir is given {len(runs)} times; of --mode={FLAGS.mode} it names one run")
+    if others and FLAGS.output is None:
+        raise UsageError(f"a report of {len(runs)} runs is a page of none of them; name it: --output=FILE.html")
     return Command(
         mode=FLAGS.mode,
         config=_effective(run, config, given, named=named is not None),

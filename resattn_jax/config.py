@@ -63,6 +63,8 @@ def _faults_of_the_length(c: ml_collections.ConfigDict) -> Iterator[str]:
     parts = {"schedule.warmup": c.schedule.warmup}
     if c.augment.mixup_alpha or c.augment.cutmix_alpha:
         parts["augment.mixup_off_last"] = c.augment.mixup_off_last
+    if c.sam.rho:
+        parts["sam.last"] = c.sam.last
     for key, value in parts.items():
         if (_share(c, value) or 0) > 1:
             yield f"config.{key} is {value!r}; it must not be longer than the run, which has {length}"
@@ -90,6 +92,13 @@ def _share(c: ml_collections.ConfigDict, value: str) -> float | None:
 def _faults_of_the_batch(c: ml_collections.ConfigDict) -> Iterator[str]:
     if c.batch_size % c.accumulate:
         yield f"config.accumulate is {c.accumulate}; it must divide config.batch_size, which is {c.batch_size}"
+    if c.sync_batch_norm and c.batch_norm_span:
+        yield (
+            f"config.sync_batch_norm is True and config.batch_norm_span is {c.batch_norm_span}; the former is a span of"
+            " the whole batch, so set one of them"
+        )
+    if c.batch_norm_span and c.batch_norm_span > c.batch_size:
+        yield f"config.batch_norm_span is {c.batch_norm_span}; it must be at most config.batch_size, {c.batch_size}"
     if (c.augment.mixup_alpha or c.augment.cutmix_alpha) and c.batch_size % 2:
         yield f"config.batch_size is {c.batch_size}; mixup and CutMix pair the images of a batch, so it must be even"
 
@@ -100,6 +109,8 @@ def _faults_of_the_images(c: ml_collections.ConfigDict) -> Iterator[str]:
             f"config.data.mean has {len(c.data.mean)} values and config.data.std {len(c.data.std)}; each must have one,"
             " or as many as there are channels"
         )
+    if c.augment.flip and c.augment.alternating_flip:
+        yield "config.augment.flip and config.augment.alternating_flip are both True; set one of them"
     if why := why_streamed(c):
         if c.data.pipeline == "resident":
             yield f"config.data.pipeline is 'resident', but a set cannot be resident: {why}"
@@ -163,7 +174,7 @@ class Durations:
         """Sentences about durations that the run is too short for, which the data alone could tell."""
         return [
             f"config.{key} is {self._values[key]!r}, {self(key):,} steps, longer than the run of {self.total:,}"
-            for key in ("schedule.warmup", "augment.mixup_off_last")
+            for key in ("schedule.warmup", "augment.mixup_off_last", "sam.last")
             if self(key) > self.total
         ]
 

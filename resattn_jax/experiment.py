@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax import metrics
@@ -24,10 +23,12 @@ from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import first_variables
 from resattn_jax.models.nets import smallest_side
+from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.optimizer import make_optimizer, make_schedule
 from resattn_jax.runtime import Platform, device_faults, platform_of
-from resattn_jax.state import TrainState, random_key
+from resattn_jax.state import TrainState
 from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
 
 EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
@@ -35,12 +36,15 @@ EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global."""
+    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global.
+
+    sam_from: the number of steps after which the rest are `sam_steps`; without SAM the length of the run.
+    """
 
     spec: DataSpec
     mesh: Mesh
     platform: Platform
-    model: nn.Module
+    model: ResidualAttentionNetwork
     recipe: Recipe
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -49,28 +53,40 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     steps_per_dispatch: int
+    sam_rho: float
+    sam_from: int
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
         sharding = NamedSharding(self.mesh, P())
-        shapes = self._create_state.eval_shape()
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self._shapes)
 
     def initial_state(self) -> TrainState:
         """The state of step 0, weights drawn from the seed, whole on every device."""
-        return self._create_state()
+        return _fill(self.model, self.optimizer, self._shapes, int(self.recipe.seed), NamedSharding(self.mesh, P()))
 
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
-        take, steps = self._pipeline.take, self.steps_per_dispatch
-        return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
+        return self._make_train_steps(self.recipe)
 
-    def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct]:
-        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span)."""
+    @functools.cached_property
+    def sam_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The same with SAM, of the same arguments."""
+        return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho))
+
+    def _make_train_steps(self, recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        mirrored = self.spec.resident and recipe.augment.alternating_flip
+        take, steps = resident.take_mirrored if mirrored else self._pipeline.take, self.steps_per_dispatch
+        return make_train_steps(self.model, self.optimizer, recipe, self.mesh, self.platform, take, steps)
+
+    def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""
         arrays, batches = self._pipeline.train_shapes(self.spec, self.batch_size, self.steps_per_dispatch, self.mesh)
-        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=NamedSharding(self.mesh, P()))
-        return self.abstract_state(), arrays, batches, span
+        everywhere = NamedSharding(self.mesh, P())
+        span = jax.ShapeDtypeStruct((2,), np.int32, sharding=everywhere)
+        seed = jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
+        return self.abstract_state(), arrays, batches, span, seed
 
     @functools.cache  # noqa: B019 — an experiment lives as long as its process
     def eval_step(self, take: Take) -> Callable[..., Sums]:
@@ -103,36 +119,68 @@ class Experiment:
     def _pipeline(self) -> Any:
         return resident if self.spec.resident else streaming
 
-    @functools.cached_property  # one function for both, so that the net is traced once
-    def _create_state(self) -> Any:
-        create = functools.partial(
-            create_state,
-            self.model,
-            self.optimizer,
-            self.spec.image_shape,
-            seed=self.recipe.seed,
-            ema=self.recipe.ema_decay is not None,
-        )
-        return jax.jit(create, out_shardings=NamedSharding(self.mesh, P()))
+    @functools.cached_property  # the net is traced once
+    def _shapes(self) -> TrainState:
+        ema = self.recipe.ema_decay is not None
+        return state_shapes(self.model, self.optimizer, self.spec.image_shape, ema=ema)
 
 
 def create_state(
-    model: nn.Module,
+    model: ResidualAttentionNetwork,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     *,
     seed: int,
     ema: bool,
 ) -> TrainState:
-    """The state of step 0, weights drawn from the seed. image_shape: (H, W, C); ema: with a moving average."""
-    images = jnp.zeros((1, *image_shape), jnp.float32)
-    variables = model.init(random_key(seed, "init"), images, train=False)
+    """The state of step 0 on the first device, weights drawn from the seed. image_shape, ema: as `state_shapes`."""
+    shapes = state_shapes(model, optimizer, image_shape, ema=ema)
+    return _fill(model, optimizer, shapes, seed, SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def state_shapes(
+    model: ResidualAttentionNetwork,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    *,
+    ema: bool,
+) -> TrainState:
+    """A state's shapes and dtypes. image_shape: (H, W, C); ema: with a moving average."""
+
+    def state(images: jax.Array) -> TrainState:
+        variables = model.init(jax.random.key(0), images, train=False)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=optimizer.init(variables["params"]),
+            ema=dict(variables) if ema else None,
+        )
+
+    shapes: TrainState = jax.eval_shape(state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return shapes
+
+
+def _fill(
+    model: ResidualAttentionNetwork,
+    optimizer: optax.GradientTransformation,
+    shapes: TrainState,
+    seed: int,
+    sharding: Sharding,
+) -> TrainState:
+    """A state of these shapes, its weights drawn on the host, the same on every one, and put whole on every device."""
+
+    def put(tree: Any) -> Any:  # each time into memory of its own
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i].copy()), tree)
+
+    variables = first_variables(model, shapes.variables, seed)
+    params = put(variables["params"])
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(variables["params"]),
-        ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
+        step=put(np.zeros((), np.int32)),
+        params=params,
+        batch_stats=put(variables["batch_stats"]),
+        opt_state=jax.jit(optimizer.init, out_shardings=sharding)(params),
+        ema=None if shapes.ema is None else put(variables),
     )
 
 
@@ -174,10 +222,12 @@ def build(
         batch_size=config.batch_size,
         eval_batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
         steps_per_dispatch=(config.steps_per_dispatch or platform.steps_per_dispatch) if spec.resident else 1,
+        sam_rho=config.sam.rho,
+        sam_from=max(durations.total - durations("sam.last"), 0) if config.sam.rho else durations.total,
     )
 
 
-def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: Platform) -> nn.Module:
+def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: Platform) -> ResidualAttentionNetwork:
     """The net of config.model. Raises UsageError for options that do not go together."""
     options = {k: v for k, v in config.model.items() if k not in ("name", "dtype") and v is not None}
     try:
@@ -185,7 +235,8 @@ def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: P
             config.model.name,
             num_classes=num_classes,
             dtype=platform.dtype(config.model.dtype),
-            axis_name="data" if config.sync_batch_norm else None,
+            axis_name="data" if config.sync_batch_norm or config.batch_norm_span else None,
+            norm_span=config.batch_norm_span,
             **options,
             **platform.layers,
         )
@@ -205,6 +256,13 @@ def _check_batch(config: ml_collections.ConfigDict, devices: int) -> None:
         raise UsageError(
             f"config.accumulate is {config.accumulate}; it must be 1 or more and divide the {size // devices} images"
             f" that each of the {devices} devices has of a batch of {size}"
+        )
+    share, span = size // devices // config.accumulate, config.batch_norm_span
+    if span and share % span and (span % share or devices % (span // share)):
+        micro = f" in {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"config.batch_norm_span is {span}; it must divide the {share} images that each of the {devices} devices"
+            f" has at once of a batch of {size}{micro}, or be that of a number of devices which divides {devices}"
         )
     if (config.augment.mixup_alpha or config.augment.cutmix_alpha) and size // devices % 2:
         raise UsageError(
@@ -226,6 +284,8 @@ def _check_images(config: ml_collections.ConfigDict, spec: DataSpec) -> None:
         raise UsageError(
             f"color_jitter and pca_lighting are for colour images; {config.data.name} has {channels} channel"
         )
+    if channels not in (1, 3) and augment.trivialaugment:
+        raise UsageError(f"trivialaugment is for grey and colour images; {config.data.name} has {channels} channels")
     for key in ("crop_padding", "cutout"):
         if augment[key] > min(height, width):
             raise UsageError(

@@ -10,12 +10,12 @@ import flax.traverse_util
 import jax
 import ml_collections
 
-from resattn_jax.checkpoint import Reader
 from resattn_jax.config import differences
 from resattn_jax.errors import UsageError
 from resattn_jax.models.count import count_parameters
 from resattn_jax.run import Run
 from resattn_jax.state import TrainState
+from resattn_jax.trained import find_trained, read_variables
 
 SMALLEST_SHARE = 0.5  # of the parameters; a checkpoint that gives less is of another net
 SAME_SHAPES = ("model.wiring", "model.attention", "model.learning", "data.mean", "data.std", "data.mean_image")
@@ -26,7 +26,8 @@ def start_from(state: TrainState, source: str, config: ml_collections.ConfigDict
 
     Args:
       state: the fresh state of step 0.
-      source: a workdir, with ":best" or ":STEP" for another than its newest checkpoint.
+      source: a workdir, with ":best" or ":STEP" for another than its newest checkpoint; or a folder that an export
+        wrote; or the name of a net on board.
       config: of the run that starts.
 
     Returns:
@@ -34,14 +35,13 @@ def start_from(state: TrainState, source: str, config: ml_collections.ConfigDict
       classes for instance, and about settings that make another function of the same weights.
 
     Raises:
-      UsageError: there is no such checkpoint, or it fits less than half of the parameters.
+      UsageError: there is no such net or checkpoint, or it fits less than half of the parameters.
     """
     folder, _, which = source.rpartition(":")
     if not re.fullmatch(r"newest|best|\d+", which):
         folder, which = source, "newest"
-    run = Run(folder)
-    with Reader(run.checkpoints) as checkpoints:
-        _, variables = checkpoints.eval_variables(which)
+    run = find_trained(folder)
+    _, variables = read_variables(run, which)
     given = flax.traverse_util.flatten_dict(variables)
     wanted = flax.traverse_util.flatten_dict(dict(state.variables))
     fits = {path: path in given and given[path].shape == value.shape for path, value in wanted.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -42,18 +43,30 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
 
     sgd is PyTorch's: add the weight decay to the gradient, momentum (Nesterov), learning rate. lars scales each
     kernel's step by the ratio of its norm to its gradient's (You et al., 2017, arXiv 1708.03888), for batches beyond
-    8,192. decay_norms_and_biases=False leaves weight decay to kernels, the parameters of more than one axis.
+    8,192. Kernels, the parameters of more than one axis, have weight decay; scales and biases as decay_norms_and_biases
+    says, and the scales of norms as decay_norm_scales says instead unless that is None.
     """
     o = config.optimizer
-    mask = True if o.decay_norms_and_biases else _kernels
+    scales = o.decay_norms_and_biases if o.decay_norm_scales is None else o.decay_norm_scales
+    mask = functools.partial(_decayed, scales=scales, biases=o.decay_norms_and_biases)
     chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     if o.name == "lars":
         return optax.chain(*chain, optax.lars(
             schedule, o.weight_decay, mask, trust_ratio_mask=_kernels, momentum=o.momentum, nesterov=o.nesterov
         ))  # fmt: skip
     if o.weight_decay:
-        chain.append(optax.add_decayed_weights(o.weight_decay, None if mask is True else mask))
+        everything = scales and o.decay_norms_and_biases
+        chain.append(optax.add_decayed_weights(o.weight_decay, None if everything else mask))
     return optax.chain(*chain, optax.sgd(schedule, momentum=o.momentum or None, nesterov=o.nesterov))
+
+
+def _decayed(params: Any, *, scales: bool, biases: bool) -> Any:
+    """True for kernels, and for the scales and the biases if asked for."""
+
+    def decayed(path: tuple[Any, ...], p: jax.Array) -> bool:
+        return p.ndim > 1 or (scales if path[-1].key == "scale" else biases)
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def _kernels(params: Any) -> Any:

@@ -10,6 +10,7 @@ It owns every file in the workdir:
     not_finite.jsonl  an object for each step whose loss or gradient was not finite, with the rows of its batch
     result.json       the last step's metrics and the best
     parameters.txt    every parameter of the net
+    wandb.txt         the run's id in Weights & Biases, and wandb/ what it keeps here, where config.tracker names it
     checkpoints/      what `checkpoint` writes
     lock              who is writing
 
@@ -91,6 +92,12 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What the finished run reached, or None. Raises UsageError when the file is damaged."""
         return self._read_json("result.json")
+
+    @property
+    def tracker_id(self) -> str | None:
+        """The run's id in Weights & Biases; None where it was never there."""
+        text = _read(self.path / "wandb.txt")
+        return text.strip() if text else None
 
     def measured(self, step: int) -> dict[str, Any]:
         """The metrics of the evaluation split that were logged at `step`, {} where none were."""

@@ -70,6 +70,14 @@ def keep_programs() -> None:
                 jax.config.update("jax_compilation_cache_dir", str(caches / "resattn_jax"))
 
 
+def kept_folder() -> pathlib.Path | None:
+    """Where decoded data is kept, beside the compiled programs; None where these are not kept, or in a bucket."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if not folder or "://" in folder or not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    return pathlib.Path(folder) / "decoded"
+
+
 @functools.cache
 def _events() -> collections.Counter[str]:
     """How often JAX has reported each of its events (`jax.monitoring`), counted from the first call on."""

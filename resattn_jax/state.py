@@ -65,6 +65,9 @@ class Progress:
         return cls(**{name: value for name, value in plain.items() if name in names})
 
 
-def random_key(seed: int, name: str, step: jax.Array | int = 0) -> jax.Array:
-    """Randomness is a function of (seed, name, step); there is no generator whose state could be lost."""
+def random_key(seed: jax.Array | int, name: str, step: jax.Array | int = 0) -> jax.Array:
+    """Randomness is a function of (seed, name, step); there is no generator whose state could be lost.
+
+    seed: its lower 32 bits count; as uint32 it gives what a whole number gives.
+    """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)

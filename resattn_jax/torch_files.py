@@ -1,6 +1,6 @@
-"""Files of PyTorch state dicts, read and written; nothing that is in them is ever executed.
+"""Files of state dicts, read and written; nothing that is in them is ever executed.
 
-PyTorch itself is needed for all but .safetensors, and is imported where a file needs it.
+PyTorch itself is needed for all but .safetensors, .npz and MXNet's .params, and is imported where a file needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-_SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors", ".tar", ".ckpt", ".bin", ".t7")
+from resattn_jax import mxnet_files
+
+_SUFFIXES = (".pkl", ".pth", ".pt", ".safetensors", ".npz", ".params", ".tar", ".ckpt", ".bin", ".t7")
 
 # Where checkpoints hold a state dict, the first that is there; averages of the weights come last.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema")
@@ -34,8 +36,9 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a state dict from a file, executing nothing that is in it.
 
     Args:
-      path: .safetensors, which needs no PyTorch, or .pkl, .pth, .pt, .tar, .ckpt, .bin or .t7 as torch.save writes
-        them, in today's or the old format; the content decides which it is. The state dict may lie under "state_dict",
+      path: .safetensors, .npz or MXNet's .params, which need neither PyTorch nor MXNet, or .pkl, .pth, .pt, .tar,
+        .ckpt, .bin or .t7 as torch.save writes them, in today's or the old format; the content decides which it is, of
+        .npz the name. The state dict may lie under "state_dict",
         "model_state_dict", "model", "net", "state_dict_ema" or "model_ema", beside numbers and strings.
 
     Returns:
@@ -49,11 +52,16 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is a folder, not a file")
     path = _check_path(path)
     head = _read_head(path)
-    torch = None if _is_safetensors(path, head) else _import_torch(path)
+    torch = None if _is_without_torch(path, head) else _import_torch(path)
     try:
         if torch:
             with path.open("rb") as file:  # given the path, torch.load goes by the suffix
                 content = torch.load(file, map_location="cpu", weights_only=True)
+        elif head.startswith(mxnet_files.MAGIC):
+            content = mxnet_files.decode(path.read_bytes())
+        elif path.suffix.lower() == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                content = dict(arrays)
         else:
             content = safetensors.numpy.load_file(path)
         return {str(name): to_numpy(name, value) for name, value in find_state_dict(content).items()}
@@ -69,9 +77,10 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def write_torch(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes what `to_torch` gives: .safetensors without PyTorch, the other suffixes `read_torch` has by torch.save.
+    """Writes what `to_torch` gives: .safetensors and .npz without PyTorch, others that `read_torch` has by torch.save.
 
-    Raises ValueError for another suffix, or when PyTorch is needed and not installed; OSError as `open` does.
+    Raises ValueError for another suffix, for .params, which MXNet alone writes, or when PyTorch is needed and not
+    installed; OSError as `open` does.
     """
     path = _check_path(path)
     path.write_bytes(encode_torch(path, state_dict))
@@ -83,7 +92,13 @@ def encode_torch(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarr
     arrays = {name: np.array(array, order="C") for name, array in state_dict.items()}
     if path.suffix.lower() == ".safetensors":
         return safetensors.numpy.save(arrays)
-    torch, file = _import_torch(path), io.BytesIO()
+    file = io.BytesIO()
+    if path.suffix.lower() == ".npz":
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        return file.getvalue()
+    if path.suffix.lower() == ".params":
+        raise ValueError(f"{path} is read alone; write .npz, of which mx.nd.save makes one")
+    torch = _import_torch(path)
     torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
     return file.getvalue()
 
@@ -169,9 +184,15 @@ def _read_head(path: Path) -> bytes:
     return head
 
 
-def _is_safetensors(path: Path, head: bytes) -> bool:
-    """By its content, a length in eight bytes and JSON; by its name when it has no beginning of torch.save's either."""
-    return head[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02"))
+def _is_without_torch(path: Path, head: bytes) -> bool:
+    """Whether a file is read without PyTorch: .npz by its name, as torch.save writes the same kind of archive.
+
+    The others by their beginning, of safetensors a length in eight bytes and JSON; .safetensors by its name too when it
+    has no beginning of torch.save's.
+    """
+    if head.startswith(mxnet_files.MAGIC) or path.suffix.lower() == ".npz" or head[8:9] == b"{":
+        return True
+    return path.suffix.lower() == ".safetensors" and head[:2] not in (b"PK", b"\x80\x02")
 
 
 def _import_torch(path: Path) -> ModuleType:

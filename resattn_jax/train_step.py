@@ -32,13 +32,14 @@ Take = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (arrays, batch) -> i
 class Recipe:
     """What a step does to a batch.
 
-    mean, std: as `normalize` takes them. augment: the section config.augment as it is. mixup_until: the first step
-    without mixup. accumulate: the number of micro-batches that a device's batch is split into, and which divides it.
-    mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step whose loss or gradient is not
-    finite counts as done; otherwise no step is done after it.
+    seed: a number, or a uint32 scalar in a program that takes it as an argument. mean, std: as `normalize` takes them.
+    augment: the section config.augment as it is. mixup_until: the first step without mixup. accumulate: the number of
+    micro-batches that a device's batch is split into, and which divides it. sam_rho: how far from the weights the
+    gradient is taken, 0: at them. mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step
+    whose loss or gradient is not finite counts as done; otherwise no step is done after it.
     """
 
-    seed: int
+    seed: int | jax.Array
     mean: np.ndarray
     std: np.ndarray
     augment: ml_collections.FrozenConfigDict
@@ -46,6 +47,7 @@ class Recipe:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     accumulate: int = 1
+    sam_rho: float = 0.0
     mirror: bool = False
     skip_not_finite: bool = False
 
@@ -66,6 +68,12 @@ def network_inputs(
     return mix(recipe.augment, random_key(recipe.seed, "mixup", step), images, targets, step < recipe.mixup_until)
 
 
+def ascend(params: Any, gradients: Any, rho: float) -> Any:
+    """The weights where SAM takes its gradient, `rho` away up the gradient (Foret et al., 2021, arXiv 2010.01412)."""
+    scale = rho / (optax.tree.norm(gradients) + 1e-12)
+    return jax.tree.map(lambda p, g: p + scale * g, params, gradients)
+
+
 def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -81,6 +89,8 @@ def train_step(
     a device is: it has batch statistics of its own, and gradients and new running statistics are the average over all.
     The batch itself, its augmentation and its mixup pairs are the same with any number of them. loops: whether the
     micro-batches may be a loop, which needs less memory.
+    With recipe.sam_rho a device, or a micro-batch, goes up its own gradient, without a word to others (m-sharpness),
+    and the average is of the gradients found there. Loss, top-1 and running statistics are those of the weights.
     Returns the new state, the same on all devices, and the global batch's loss (nats), top1 and gradient norm.
     """
     images, targets = network_inputs(recipe, state.step, images, labels, model.num_classes)
@@ -92,10 +102,12 @@ def train_step(
         return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], top1)
 
     def micro_batch(sums: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *batch)
+        (loss, (batch_stats, top1)), grads = gradient(state.params, *batch)
+        if recipe.sam_rho:
+            grads = gradient(ascend(state.params, grads, recipe.sam_rho), *batch)[1]
         return jax.tree.map(jnp.add, sums, (grads, batch_stats)), (loss, top1)
 
-    n = recipe.accumulate
+    gradient, n = jax.value_and_grad(loss_fn, has_aux=True), recipe.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
     zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
     if n == 1 or not loops:
@@ -131,19 +143,25 @@ def make_train_steps(
     take: Take,
     steps_per_dispatch: int,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span) -> state, metrics.
+    """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span, seed) -> state,
+    metrics.
 
     `take(arrays, batch)` gives images and labels. arrays lie whole on every device; every leaf of batches is
     [steps_per_dispatch, B, …], B sharded. span is int32 [2]: the number of steps done before, and after. Metrics are
     float32 [steps_per_dispatch], of which as many as there are steps are filled. The state is donated. The span is an
-    argument of the program, so that a run that is cut at other steps executes the same code and gets the same bits.
+    argument of the program, so that a run that is cut at other steps executes the same code and gets the same bits. So
+    is the seed, uint32, which takes the place of the recipe's: runs of other seeds find the program in the cache.
 
     A step whose loss or gradient is not finite changes neither weights nor statistics. Unless recipe.skip_not_finite
     it does not count as done, and no step after it changes anything.
     """
-    one_step = functools.partial(train_step, model, optimizer, recipe, platform.loops)
 
-    def steps(state: TrainState, arrays: Any, batches: Any, span: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def steps(
+        state: TrainState, arrays: Any, batches: Any, span: jax.Array, seed: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        seeded = dataclasses.replace(recipe, seed=seed)
+        one_step = functools.partial(train_step, model, optimizer, seeded, platform.loops)
+
         def body(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
             before, metrics = carry
             after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)))
@@ -160,7 +178,7 @@ def make_train_steps(
 
     # check_vma=False: gradients stay those of the device's own shard until the pmean above averages them.
     spread = jax.shard_map(
-        steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P()), out_specs=(P(), P()), check_vma=False
+        steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P(), P()), out_specs=(P(), P()), check_vma=False
     )
     return jax.jit(spread, donate_argnums=0, compiler_options=compiler_options(platform, mesh))
 

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import pathlib
+import signal
 import socket
 import struct
 import zlib
@@ -18,7 +19,7 @@ from configs import default
 from resattn_jax.checkpoint import Writer
 from resattn_jax.config import check_values
 from resattn_jax.data.pipelines import TrainingData
-from resattn_jax.data.resident import put
+from resattn_jax.data.resident import ResidentTrain, put
 from resattn_jax.data.sources import Examples
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.experiment import Experiment, build
@@ -98,7 +99,8 @@ def run_steps(config, devices, steps):
     state, history = experiment.initial_state(), []
     for step in range(steps):
         span = put(np.array([step, step + 1], np.int32), experiment.mesh, jax.sharding.PartitionSpec())
-        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span)
+        seed = np.uint32(config.seed)
+        state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span, seed)
         history.append(jax.tree.map(lambda x: float(x[0]), metrics))
     return state, history
 
@@ -151,6 +153,18 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""
+    batches = ResidentTrain.batches
+
+    def signalling(self, first, count):
+        if first < step <= first + count:
+            signal.raise_signal(signal.SIGTERM)
+        return batches(self, first, count)
+
+    monkeypatch.setattr(ResidentTrain, "batches", signalling)
 
 
 # ---- Sources.

@@ -40,6 +40,7 @@ def lower(model, accumulate, devices, optimizer, platform=CPU):
         {},
         batch,
         put(np.array([0, 1], np.int32), mesh, P()),
+        put(np.array(0, np.uint32), mesh, P()),
     )
     return steps.lower(*arguments), arguments
 

@@ -46,10 +46,21 @@ def test_a_mean_image_is_subtracted_pixel_by_pixel():
     np.testing.assert_allclose(normalize(x, mean, np.ones(1)).mean(0), np.zeros(mean.shape), atol=1e-6)
 
 
-def test_a_crop_is_a_window_of_the_zero_padded_image_and_every_window_occurs():
+@pytest.mark.parametrize(("size", "padding"), [(6, 6), (3, 3), (1, 1)])
+def test_reflection_pads_up_to_the_size_of_the_image_as_numpy_does(size, padding):
+    x = images(60, size)
+    crops = np.asarray(random_crop(keys(60), x, padding, "reflect"))
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), "reflect")
+    places = range(2 * padding + 1)
+    for image, crop in zip(padded, crops, strict=True):
+        assert any((image[i : i + size, j : j + size] == crop).all() for i in places for j in places)
+
+
+@pytest.mark.parametrize(("mode", "numpys"), [("zeros", "constant"), ("reflect", "reflect")])
+def test_a_crop_is_a_window_of_the_padded_image_and_every_window_occurs(mode, numpys):
     x = images(400)
-    crops = np.asarray(random_crop(keys(400), x, 2))
-    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    crops = np.asarray(random_crop(keys(400), x, 2, mode))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), numpys)
     found = set()
     for image, crop in zip(padded, crops, strict=True):
         where = [(i, j) for i in range(5) for j in range(5) if (image[i : i + 6, j : j + 6] == crop).all()]

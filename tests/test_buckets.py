@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from resattn_jax import buckets
 from resattn_jax.checkpoint import Reader, Writer
 from resattn_jax.errors import UsageError
 from resattn_jax.fine_tune import start_from
+from resattn_jax.modes import report
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.export import export_folder
 from resattn_jax.modes.train import train_and_evaluate
@@ -370,6 +372,14 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(server, address, tiny_config, on
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     exported, net = resattn_jax.load(f"{address}_exported"), resattn_jax.load(tmp_path / "disk")
     np.testing.assert_array_equal(exported.logits(images), net.logits(images))
+    command = types.SimpleNamespace(output=None, run=there, runs=(there,), config=there.config)
+    report.run(command)
+    written = sorted(path.name for path in there.path.iterdir())
+    assert "report.html" in written
+    assert not [name for name in written if "tmp" in name]
+    page = (there.path / "report.html").read_text()
+    assert "measured for this page" in page
+    assert address in page
     started, notes = start_from(built(tiny_config, one_device).initial_state(), f"{address}:best", tiny_config)
     assert notes == []
     assert_same_bits(started.eval_variables, net.variables)

@@ -260,6 +260,8 @@ def test_a_report_is_of_one_run_or_of_several_and_other_modes_of_one(parse, run)
     assert (several["run"], several["config"]["seed"], several["output"]) == (str(run), 7, "page.html")
     assert several["runs"] == [str(run), "b"]
     assert parse("--mode=evaluate", f"--workdir={run}")["run"] == str(run)
+    refused = parse("--mode=report", f"--workdir={run}", "--workdir=b")["says"]
+    assert refused == "a report of 2 runs is a page of none of them; name it: --output=FILE.html"
     refused = parse("--mode=evaluate", f"--workdir={run}", "--workdir=b")["says"]
     assert refused == "--workdir is given 2 times; of --mode=evaluate it names one run"
 

@@ -1,23 +1,20 @@
 """Every recipe: it loads, it knows no key that the default lacks, and its net and schedule can be built."""
 
 import importlib
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ROOT
 
 from configs import default
 from resattn_jax.config import RULES, Durations, check, flatten
 from resattn_jax.models import create_model
 from resattn_jax.models.count import count_parameters
 from resattn_jax.optimizer import make_optimizer, make_schedule
+from resattn_jax.run import Run
 
-CONFIGS = sorted(
-    path.stem
-    for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
-    if path.stem not in ("__init__", "default")
-)
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "default"))
 
 
 def test_every_key_has_a_rule():
@@ -60,6 +57,22 @@ def test_the_public_recipe_is_the_published_one():
     assert (c.schedule.learning_rate, c.schedule.factor) == (0.1, 0.1)
     assert (c.augment.crop_padding, c.augment.flip, c.augment.mixup_alpha) == (4, True, 0)
     assert (tuple(c.data.mean), tuple(c.data.std)) == ((0,), (1,))
+
+
+def test_the_fast_recipe_is_evaluated_five_times_and_goes_with_sam_for_its_last_25_epochs():
+    durations = Durations(importlib.import_module("configs.cifar10_ra92_fast").get_config(), 50_000)
+    assert (durations.total, durations("eval.every")) == (17_090, 3_418)  # 175 epochs of 97.66 steps
+    assert durations.total - durations("sam.last") == 14_649  # 150 of them
+    assert durations("augment.mixup_off_last") == 0
+
+
+def test_the_fast_recipes_first_edition_can_still_be_read():
+    """The one that reached 97.07 %."""
+    config = Run(ROOT / "benchmarks/results/cifar10_ra92_fast_h100").config
+    check(config)
+    assert (config.total_epochs, config.optimizer.weight_decay) == (200, 3e-4)
+    assert config.augment.mixup_off_last == "15 epochs"
+    assert (config.sam.rho, config.augment.trivialaugment, config.augment.crop_mode) == (0, False, "zeros")
 
 
 def test_the_recipe_of_a_folder_holds_pictures_out_where_the_folder_does_not(tmp_path):

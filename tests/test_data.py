@@ -1,6 +1,7 @@
 """Sources and the resident pipeline: every example once an epoch, every example once in an evaluation."""
 
 import io
+import itertools
 import json
 import pathlib
 import shutil
@@ -11,8 +12,9 @@ import PIL.Image
 import pytest
 from helpers import examples
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from resattn_jax.data.order import batch_rows
+from resattn_jax.data.order import batch_rows, mirrored
 from resattn_jax.data.pictures import Picture
 from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.data.resident import ResidentEval, ResidentTrain, take
@@ -40,6 +42,55 @@ def test_a_batch_is_a_function_of_seed_and_step():
     np.testing.assert_array_equal(batch_rows(1, 5, 64, 1000), batch_rows(1, 5, 64, 1000))
     assert (batch_rows(1, 5, 64, 1000) != batch_rows(2, 5, 64, 1000)).any()
     assert (batch_rows(1, 5, 64, 1000) != batch_rows(1, 6, 64, 1000)).any()
+
+
+def seen_mirrored(step, batch_size, examples, seed=7):
+    """(rows of a batch, which of them are seen in the mirror)"""
+    rows = batch_rows(seed, step, batch_size, examples)
+    return rows, mirrored(seed, rows, np.arange(step * batch_size, (step + 1) * batch_size), examples)
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 5), (10, 4), (3, 8), (101, 32)])
+def test_alternating_flip_is_the_other_way_round_in_every_epoch(examples, batch_size):
+    """Also where an epoch ends within a batch, or a batch has several."""
+    batches = [seen_mirrored(step, batch_size, examples) for step in range(-(-6 * examples // batch_size))]
+    rows, mirrors = (np.concatenate(part)[: 6 * examples].reshape(6, examples) for part in zip(*batches, strict=True))
+    epochs = [mirror[np.argsort(row)] for row, mirror in zip(rows, mirrors, strict=True)]  # by example
+    for before, after in itertools.pairwise(epochs):
+        np.testing.assert_array_equal(after, ~before)
+
+
+def test_the_first_epochs_coin_is_fair_and_the_seeds():
+    first, other = (mirrored(seed, np.arange(4000), np.arange(4000), 4000) for seed in (7, 8))
+    assert first.mean() == pytest.approx(0.5, abs=0.03)
+    assert (first != other).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_epoch_of_an_alternating_flip_is_exact_in_the_longest_run():
+    """Of 333 examples in batches of 1,024 at the last step of all: by Python's integers, which do not overflow."""
+    step, size = 2**31 - 2, 1024
+    rows, mirrors = seen_mirrored(step, size, 333)
+    coins = mirrored(7, np.arange(333), np.arange(333), 333)
+    for place in range(0, size, 93):
+        assert mirrors[place] == coins[rows[place]] ^ ((step * size + place) // 333 % 2 == 1)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_resident_stream_with_alternating_flip_mirrors_what_it_takes(devices):
+    """On any number of devices, and from any step on; asked for many steps at once or for one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 2, 3, 1), np.uint8)
+    split, mesh = examples(pixels, np.arange(20, dtype=np.int32), ("a",)), make_mesh(jax.devices()[:devices])
+    stream = ResidentTrain(split, seed=7, batch_size=16, steps_per_dispatch=4, mesh=mesh, alternating=True)
+    batches = np.asarray(stream.batches(3, 4))
+    np.testing.assert_array_equal(stream.batches(5, 1)[0], batches[2])
+    for step, batch in zip(range(3, 7), batches, strict=True):
+        images, labels = jax.jit(stream.take)(stream.arrays, batch)
+        rows, mirrors = seen_mirrored(step, 16, 20)
+        np.testing.assert_array_equal(labels, rows)
+        for image, row, mirror in zip(np.asarray(images), rows, mirrors, strict=True):
+            np.testing.assert_array_equal(image, pixels[row][:, ::-1] if mirror else pixels[row])
+    assert mirrors.any()
+    assert not mirrors.all()
 
 
 @pytest.mark.parametrize("limit", [None, 20, 13])
@@ -73,6 +124,16 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     assert counts.min() >= 34  # 360 of ten nearly equal classes
     assert counts.max() <= 37
     np.testing.assert_array_equal(test.labels, read(open_source("digits", "test")).labels)
+
+
+def test_digits_are_in_the_order_that_scikit_learn_splits_them_into():
+    """The test set's own indices, drawn by scikit-learn, as runs of older versions had them."""
+    digits = load_digits()
+    splits = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0, shuffle=True)
+    for name, rows in zip(("train", "test"), splits, strict=True):
+        ours = read(open_source("digits", name))
+        np.testing.assert_array_equal(ours.labels, digits.target[rows])
+        np.testing.assert_array_equal(ours.images[..., 0], np.round(digits.images[rows] * 255 / 16))
 
 
 def test_cifar10_is_read_as_tfds_wrote_it(tfds_dir):
@@ -260,7 +321,7 @@ def test_a_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path, monkeypatch
 
 
 def test_preparing_says_in_a_sentence_where_the_set_lies_or_that_nothing_is_to_be_done(tfds_dir):
-    assert prepare("digits") == "digits come with scikit-learn and need no preparing"
+    assert prepare("digits") == "digits are on board and need no preparing"
     assert prepare("cifar10", tfds_dir).startswith(f"cifar10 lies in {tfds_dir}/cifar10/")
     assert prepare("folder:/no/such") == "folder:/no/such needs no preparing; start training"
     assert prepare("synthetic").endswith("synthetic needs no preparing; start training")

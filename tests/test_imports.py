@@ -43,6 +43,12 @@ def test_what_draws_is_imported_by_the_modes_that_draw_alone():
     assert loaded_by(drawing, "matplotlib", "matplotlib.pyplot") == ["matplotlib"]
 
 
+def test_training_imports_neither_pytorch_nor_scikit_learn_nor_a_client_of_buckets():
+    """tensorboardX would import the first and the last where they are installed; digits come without the second."""
+    program = "import resattn_jax.modes.train as t; t.TrainingData(__import__('configs.digits').digits.get_config())"
+    assert loaded_by(program, "torch", "sklearn", "google.cloud.storage", "tensorflow_datasets", "matplotlib") == []
+
+
 def test_what_data_workers_import_imports_no_jax():
     assert len(HOST_MODULES) >= 13
     assert loaded_by(f"import {', '.join(HOST_MODULES)}", "jax") == []
@@ -55,12 +61,13 @@ LAYERS = [
     ["main"],
     ["__main__"],
     ["modes", "modes.*"],
-    ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
+    ["classifier", "trained", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
     ["experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
-    ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
+    ["augment", "trivial_augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
-    ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog", "profiler"],
+    ["convert", "naming", "naming.*", "torch_files", "mxnet_files"],
+    ["models", "models.*", "config", "rules", "runtime", "buckets", "watchdog", "profiler"],
     ["signals", "errors"],
 ]
 

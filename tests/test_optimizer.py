@@ -1,12 +1,15 @@
 """Schedules and SGD, against values worked by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import trace
 
 from configs import cifar10_ra92, cifar10_ra92_mixup, default
 from resattn_jax.config import Durations, check
 from resattn_jax.errors import UsageError
+from resattn_jax.models import create_model
 from resattn_jax.optimizer import make_optimizer, make_schedule
 
 
@@ -94,6 +97,30 @@ def test_weight_decay_is_added_to_the_gradient_of_all_or_of_kernels_alone():
     assert updates([0.0], weight_decay=0.5, momentum=0.0) == pytest.approx((0.95, 0.95))
     kernels_only = updates([0.0], weight_decay=0.5, momentum=0.0, decay_norms_and_biases=False)
     assert kernels_only == pytest.approx((0.95, 1.0))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+@pytest.mark.parametrize(
+    ("norms_and_biases", "scales", "decayed"),
+    [
+        (True, None, {"kernel", "scale", "bias"}), (False, None, {"kernel"}),
+        (True, True, {"kernel", "scale", "bias"}), (False, False, {"kernel"}),
+        (True, False, {"kernel", "bias"}), (False, True, {"kernel", "scale"}),
+    ],
+)  # fmt: skip
+def test_weight_decay_of_norms_scales_may_be_decided_apart(name, norms_and_biases, scales, decayed):
+    """Of ra_tiny with gradients of zero, where weight decay alone moves a parameter; a norm's bias is a bias."""
+    c = default.get_config()
+    c.optimizer.update(name=name, weight_decay=0.5, decay_norms_and_biases=norms_and_biases, decay_norm_scales=scales)
+    optimizer = make_optimizer(c, lambda step: 0.1)
+    shapes = trace(create_model("ra_tiny", num_classes=10), (8, 8, 1))[1]["params"]
+    params = jax.tree.map(lambda p: jnp.ones((1,) * p.ndim), shapes)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        "/".join(key.key for key in path): bool(u.any()) for path, u in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {"head/bias", "head/kernel", "stem_norm/scale", "stem_norm/bias", "stem_conv/kernel"} < moved.keys()
+    assert moved == {path: path.rpartition("/")[2] in decayed for path in moved}
 
 
 def test_clipping_bounds_the_global_norm():

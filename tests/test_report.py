@@ -8,6 +8,7 @@ import re
 import types
 
 import jax
+import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
@@ -29,6 +30,7 @@ from resattn_jax.models.count import count_parameters
 from resattn_jax.modes import report as mode
 from resattn_jax.modes.show_data import write_contact_sheet
 from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.report import mask_sheet
 from resattn_jax.report.record import read_record, train_seconds
 from resattn_jax.report.run_page import Measured, most_confused, run_page
 from resattn_jax.report.tensorboard import confusion_picture
@@ -331,6 +333,26 @@ def test_tensorboard_has_the_first_batch_as_the_net_sees_it(trained, tiny_config
         rows = np.asarray(sheet)[: shown.shape[0]]  # 8 of the 32 images in each
     assert step == 0
     np.testing.assert_array_equal(shown, rows)
+
+
+def test_tensorboard_has_the_masks_of_the_same_pictures_at_each_evaluation(trained):
+    """In the colours of a scale from 0 to 1; a row is a picture, and its second tile the mask of the one module."""
+    shown = pictures(trained, "eval/masks")
+    assert [step for step, _ in shown] == [6, 12]
+    source, net = DigitsSource("test"), load(trained, "newest")
+    seen = np.stack([net.shown(mode.pixels(source.name(row), source[row][0], net.spec)) for row in range(8)])
+    masks = net.attention(seen)["stage1_attention1"].mask.mean(-1)
+    size, step = mask_sheet._CELL, mask_sheet._CELL + mask_sheet._GAP
+    (_, first), (_, last) = shown
+    assert (first != last).any()
+    for row in range(8):
+        y = mask_sheet._HEAD + row * step
+        picture, mask = (last[y : y + size, x : x + size] for x in (0, step))
+        middles = np.arange(size // 16, size, size // 8)
+        np.testing.assert_array_equal(picture[middles][:, middles, 0], seen[row, ..., 0])
+        middles = size * (2 * np.arange(4) + 1) // 8
+        colours = matplotlib.colormaps["magma"](np.round(masks[row] * 255).astype(int), bytes=True)[..., :3]
+        np.testing.assert_array_equal(mask[middles][:, middles], colours)
 
 
 def test_tensorboard_and_the_log_have_the_confusions(trained):

@@ -24,6 +24,7 @@ from resattn_jax.state import random_key
 # What each key can be, written down a second time.
 WHOLE = {
     "seed": (0, 2**32 - 1), "batch_size": (1, 2**20), "accumulate": (1, 2**20), "total_steps": (1, 2**31 - 1),
+    "batch_norm_span": (1, 2**20),
     "steps_per_dispatch": (1, 10_000), "model.p": (0, 64), "model.t": (0, 64), "model.r": (0, 64),
     "model.last": (0, 64), "data.image_size": (8, 4096), "data.workers": (0, 1024), "augment.crop_padding": (0, 512),
     "augment.randaugment": (0, 16), "augment.cutout": (0, 4096), "eval.batch_size": (1, 2**20),
@@ -38,11 +39,12 @@ REAL = {  # the least and the most that can be
     "optimizer.momentum": (0, math.nextafter(1, DOWN)), "optimizer.weight_decay": (0, 10),
     "optimizer.clip_norm": (5e-324, 1e6), "schedule.learning_rate": (0, 1000), "schedule.factor": (5e-324, 10),
     "ema_decay": (0, math.nextafter(1, DOWN)), "eval.crop_fraction": (0.01, 1),
-    "watchdog_minutes": (0, 1e6),
+    "watchdog_minutes": (0, 1e6), "sam.rho": (0, 100),
 }  # fmt: skip
 FLAG = [
     "sync_batch_norm", "model.remat", "data.mean_image", "augment.flip", "augment.random_resized_crop",
-    "optimizer.nesterov", "optimizer.decay_norms_and_biases", "data.exif_orientation",
+    "augment.alternating_flip", "augment.trivialaugment", "optimizer.nesterov", "optimizer.decay_norms_and_biases",
+    "optimizer.decay_norm_scales", "data.exif_orientation",
 ]  # fmt: skip
 CHOICE = {
     "model.name": list(NETS), "model.dtype": ["auto", "float32", "bfloat16"], "model.wiring": ["paper", "double_skip"],
@@ -50,7 +52,8 @@ CHOICE = {
     "model.mask": ["encoder_decoder", "local_convolutions"], "model.init": ["he_fan_in", "he_fan_out", "pytorch"],
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
-    "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
+    "augment.crop_mode": ["zeros", "reflect"], "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
+    "tracker": ["wandb"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),
@@ -67,15 +70,15 @@ TEXT = {  # (that can be, that cannot)
 }
 DURATION = {  # whether 0 is one
     "log_every": False, "eval.every": False, "checkpoint.every": False, "schedule.warmup": True,
-    "augment.mixup_off_last": True,
+    "augment.mixup_off_last": True, "sam.last": True,
 }  # fmt: skip
 REALS = {"data.mean": (0, 1, range(1, 5)), "data.std": (1e-6, 100, range(1, 5)), "augment.color_jitter": (0, 1, [3])}
 INTERVAL = {"augment.crop_area": 1, "augment.crop_aspect": 100}
 OPTIONAL = {
     "total_epochs", "total_steps", "init_from", "steps_per_dispatch", "log_every", "model.wiring", "model.attention",
     "model.learning", "model.mask", "model.p", "model.t", "model.r", "model.last", "model.init", "data.dir",
-    "data.image_size", "optimizer.clip_norm", "ema_decay", "eval.every", "eval.max_examples", "eval.image_size",
-    "checkpoint.every",
+    "data.image_size", "optimizer.clip_norm", "optimizer.decay_norm_scales", "ema_decay", "eval.every",
+    "eval.max_examples", "eval.image_size", "checkpoint.every", "batch_norm_span", "tracker",
 }  # fmt: skip
 
 HUGE = 10**5000  # more digits than Python writes
@@ -218,6 +221,7 @@ def test_what_lies_within_the_bounds_is_accepted(key):
     for value in good(key):
         together = {
             "accumulate": {"batch_size": value},
+            "batch_norm_span": {"batch_size": value or 64},
             "total_epochs": {"total_steps": None if value else 5},
             "total_steps": {"total_epochs": None if value else 5.0},
         }
@@ -271,6 +275,7 @@ STREAMED = [
         ({"total_steps": None, "total_epochs": 4.5, "schedule.warmup": "5 epochs"}, "the run, which has 4.5 epochs"),
         ({**MIXED, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "config.augment.mixup_off_last is '10 st"),
         ({"augment.cutmix_alpha": 1.0, "total_steps": 9, "augment.mixup_off_last": "10 steps"}, "which has 9 steps"),
+        ({"sam.rho": 0.1, "total_steps": 9, "sam.last": "10 steps"}, "config.sam.last is '10 steps'; it must no"),
         ({"schedule.boundaries": ("60%", "30%")}, "config.schedule.boundaries is ('60%', '30%'); they must be"),
         ({"total_steps": 100, "schedule.boundaries": ("50 steps", "40%")}, "('50 steps', '40%'); they must be in asc"),
         ({"total_steps": 100, "schedule.boundaries": ("100 steps",)}, "each must lie before the end of the run"),
@@ -278,10 +283,13 @@ STREAMED = [
         ({"schedule.boundaries": tuple(f"{i}%" for i in range(90, 9, -1))}, "config.schedule.boundaries is ('90%', "),
         ({"batch_size": 64, "accumulate": 3}, "config.accumulate is 3; it must divide config.batch_size, which is 64"),
         ({"batch_size": 64, "accumulate": 128}, "config.accumulate is 128; it must divide config.batch_size"),
+        ({"sync_batch_norm": True, "batch_norm_span": 32}, "sync_batch_norm is True and config.batch_norm_span is 32"),
+        ({"batch_size": 64, "batch_norm_span": 128}, "config.batch_norm_span is 128; it must be at most config.batch"),
         ({**MIXED, "batch_size": 63}, "config.batch_size is 63; mixup and CutMix pair the images"),
         ({"data.mean": (0.5,) * 3, "data.std": (0.5,) * 4}, "config.data.mean has 3 values and config.data.std 4"),
         ({"data.image_size": 32, "augment.cutout": 33}, "config.augment.cutout is 33; it must be no larger than"),
         ({"data.image_size": 32, "augment.crop_padding": 33}, "config.augment.crop_padding is 33; it must be no"),
+        ({"augment.flip": True, "augment.alternating_flip": True}, "config.augment.flip and config.augment.a"),
         ({"model.name": "ra56", "data.image_size": 30}, "config.data.image_size is 30; ra56 needs images of 31x31"),
         ({"model.wiring": "paper", "model.name": "ra92_448", "eval.image_size": 62}, "config.eval.image_size is 62; r"),
         *[({"data.pipeline": "resident", **why}, "config.data.pipeline is 'resident', but") for why in STREAMED[1:]],
@@ -302,6 +310,7 @@ def test_keys_that_contradict_each_other_are_refused(changes, named):
         {"total_steps": 9, "augment.mixup_off_last": "10 steps"},  # nothing is mixed
         {"total_steps": 9, "schedule.name": "cosine", "schedule.boundaries": ("99 steps", "5 steps")},
         {"total_steps": 100, "schedule.boundaries": ("50 steps", "1 epoch", "60%", "60%", "99 steps")},
+        {"total_steps": 9, "sam.last": "10 steps"},  # there is no SAM
         {"batch_size": 63},
         {**MIXED, "batch_size": 2},
         {"batch_size": 63, "accumulate": 21},
@@ -348,6 +357,8 @@ def test_every_seed_has_randomness_of_its_own():
     keys = {tuple(np.asarray(jax.random.key_data(random_key(seed, "x")))) for seed in seeds}
     assert len(keys) == len({np.random.default_rng(seed).integers(2**60) for seed in seeds}) == len(seeds)
     RULES["seed"].check("seed", seeds[-1])
+    key = jax.jit(lambda seed: jax.random.key_data(random_key(seed, "x")))
+    assert {tuple(np.asarray(key(np.uint32(seed)))) for seed in seeds} == keys  # as a step has them
 
 
 def test_a_net_for_larger_images_than_the_datas_is_refused():

@@ -163,7 +163,7 @@ def test_a_flag_of_another_mode_is_refused(flags, message):
 def test_preparing_what_needs_none_is_a_sentence():
     done = main("--mode=prepare", "--config.data.name=digits")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "digits come with scikit-learn and need no preparing\n"
+    assert done.stdout == "digits are on board and need no preparing\n"
 
 
 def test_what_may_differ_when_a_net_is_measured_and_when_a_run_goes_on():

@@ -21,15 +21,16 @@ from helpers import (
     assert_same_bits,
     broken_files,
     built,
+    encoded,
     final_state,
     free_port,
     train_stream,
 )
 
 from resattn_jax.data.batches import ProcessBatches, ThreadedBatches, TrainBatches
-from resattn_jax.data.order import batch_rows
+from resattn_jax.data.order import batch_rows, mirrored
 from resattn_jax.data.sources import open_source, read
-from resattn_jax.data.streaming import StreamingEval, StreamingTrain
+from resattn_jax.data.streaming import Reading, StreamingEval, StreamingTrain
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
@@ -51,18 +52,15 @@ class Deadly(Numbers):
         return super().__getitem__(row)
 
 
-def stream(source, transform=PLAIN, workers=0, skip=False, devices=None, size=16, seed=3, platform=CPU):
-    return StreamingTrain(
-        source, transform, seed=seed, batch_size=size, workers=workers, skip_broken=skip,
-        shares_host_memory=platform.shares_host_memory, mesh=make_mesh(devices),
-    )  # fmt: skip
+def stream(
+    source, transform=PLAIN, workers=0, skip=False, devices=None, size=16, seed=3, platform=CPU, alternating=False
+):
+    reading = Reading(workers, skip, platform.shares_host_memory, make_mesh(devices))
+    return StreamingTrain(source, transform, reading, seed=seed, batch_size=size, alternating=alternating)
 
 
 def eval_stream(source, workers=0, skip=False, size=16, limit=None):
-    return StreamingEval(
-        source, CENTRE, batch_size=size, max_examples=limit, workers=workers, skip_broken=skip,
-        shares_host_memory=True, mesh=make_mesh(),
-    )  # fmt: skip
+    return StreamingEval(source, CENTRE, Reading(workers, skip, True, make_mesh()), batch_size=size, max_examples=limit)
 
 
 def batches(pipeline, steps):
@@ -76,6 +74,26 @@ def test_the_order_is_the_resident_pipelines_and_pictures_keep_their_labels():
         assert batch["image"].shape == (1, 16, 8, 8, 3)
         np.testing.assert_array_equal(batch["label"][0], batch_rows(3, step, 16, 40))
         np.testing.assert_array_equal(batch["image"][0, :, 4, 4, 0], batch["label"][0])
+
+
+class Ramps(Numbers):
+    """Examples whose label is their row, brighter to the right."""
+
+    def __getitem__(self, row):
+        pixels = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, :, None], (8, 8, 3))
+        return encoded(PIL.Image.fromarray(np.ascontiguousarray(pixels))), row
+
+
+def test_alternating_flip_is_the_resident_pipelines():
+    """Three epochs of 40; on a part of the devices too, and from any step on."""
+    straight = batches(stream(Ramps(40), alternating=True), range(8))
+    cut = batches(stream(Ramps(40), alternating=True, devices=jax.devices()[:1]), range(5, 8))
+    jax.tree.map(np.testing.assert_array_equal, straight[5:], cut)
+    for step, batch in enumerate(straight):
+        rows = batch_rows(3, step, 16, 40)
+        mirrors = mirrored(3, rows, np.arange(step * 16, (step + 1) * 16), 40)
+        np.testing.assert_array_equal(batch["image"][0, :, 0, 0, 0], np.where(mirrors, 7, 0))
+        np.testing.assert_array_equal(batch["image"][0, :, 5, 7, 2], np.where(mirrors, 0, 7))
 
 
 def test_going_on_at_a_step_gives_the_same_batches_and_reads_nothing_before_it():

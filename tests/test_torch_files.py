@@ -271,8 +271,8 @@ def test_a_missing_file_is_told(tmp_path):
 
 def test_a_file_of_another_kind_is_told(tmp_path):
     for act in read_torch, lambda path: write_torch(path, {}):
-        with pytest.raises(ValueError, match=r"model\.npz.* must end in \.pkl, \.pth, \.pt, \.safetensors"):
-            act(tmp_path / "model.npz")
+        with pytest.raises(ValueError, match=r"model\.onnx.* must end in \.pkl, \.pth, \.pt, \.safetensors"):
+            act(tmp_path / "model.onnx")
 
 
 def test_without_torch_its_files_are_refused_with_advice(tmp_path, monkeypatch):

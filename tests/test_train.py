@@ -6,27 +6,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, built, final_state, lines
+from helpers import assert_same_bits, built, final_state, lines, run_steps, stop_at
 
 from resattn_jax.checkpoint import Reader, Writer
-from resattn_jax.data.resident import ResidentTrain
 from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
-
-
-def stop_at(monkeypatch, step):
-    """Sends this process a SIGTERM when `step` is about to be trained, as a machine that is taken away does."""
-    batches = ResidentTrain.batches
-
-    def signalling(self, first, count):
-        if first < step <= first + count:
-            signal.raise_signal(signal.SIGTERM)
-        return batches(self, first, count)
-
-    monkeypatch.setattr(ResidentTrain, "batches", signalling)
 
 
 def test_a_run_leaves_what_the_contract_names(tiny_config, one_device, tmp_path):
@@ -146,3 +133,15 @@ def test_the_config_is_not_changed_by_its_reader(tiny_config, one_device, tmp_pa
     before = tiny_config.to_json()
     train_and_evaluate(tiny_config, tmp_path, one_device)
     assert tiny_config.to_json() == before
+
+
+def test_runs_of_other_seeds_share_their_programs(tiny_config, one_device):
+    """Nothing of the seed is in the compiled program, while each seed has weights and batches of its own."""
+    programs, losses = [], []
+    for seed in (0, 2**32 - 1):
+        tiny_config.seed = seed
+        experiment = built(tiny_config, one_device)
+        programs.append(experiment.train_steps.lower(*experiment.train_shapes()).as_text())
+        losses.append(run_steps(tiny_config, one_device, 1)[1][0]["loss"])
+    assert programs[0] == programs[1]
+    assert losses[0] != losses[1]

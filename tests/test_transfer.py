@@ -11,12 +11,14 @@ from resattn_jax.checkpoint import Reader, Writer
 from resattn_jax.convert import read_torch, to_torch, write_torch
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import create_state
+from resattn_jax.export.folder import TrainedNet, write_folder
 from resattn_jax.fine_tune import start_from
 from resattn_jax.models import create_model
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.export import export_folder, export_torch
 from resattn_jax.modes.import_ import import_torch
 from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.run import Run
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -31,8 +33,8 @@ def variables():
 
 
 def fresh_state(experiment, model):
-    """The state of step 0 of another model, compiled, which is faster than one operation after the other."""
-    return jax.jit(lambda: create_state(model, experiment.optimizer, (8, 8, 1), seed=0, ema=True))()
+    """The state of step 0 of another model."""
+    return create_state(model, experiment.optimizer, (8, 8, 1), seed=0, ema=True)
 
 
 @pytest.fixture
@@ -148,5 +150,19 @@ def test_another_nets_checkpoint_is_refused(tiny_config, one_device, tmp_path):
     state = fresh_state(experiment, other)
     with pytest.raises(UsageError, match=r"only 0% of the parameters are in .*: it is of another net"):
         start_from(state, str(tmp_path / "first"), tiny_config)
-    with pytest.raises(UsageError, match="there is no checkpoint in"):
+    with pytest.raises(UsageError, match=r"there is no folder .*nowhere, and no net on board has this name"):
         start_from(state, str(tmp_path / "nowhere"), tiny_config)
+
+
+def test_a_run_starts_from_a_net_on_board_and_from_an_exported_folder(tiny_config, one_device, tmp_path):
+    tiny_config.model.name = "ra_tiny"
+    shapes = built(tiny_config, one_device).abstract_state()
+    state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), one_device[0]), shapes)
+    net = resattn_jax.load("digits/ra_tiny")
+    folder = tmp_path / "exported"
+    write_folder(Run(folder), TrainedNet(config=net.config, spec=net.spec, variables=net.variables, step=1, metrics={}))
+    for source in ("digits/ra_tiny", "digits/ra_tiny:best", str(folder)):
+        started, _ = start_from(state, source, tiny_config)
+        assert_same_bits(started.variables, net.variables)
+    with pytest.raises(UsageError, match=r"is an exported net, which has no checkpoint '7'"):
+        start_from(state, f"{folder}:7", tiny_config)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resattn_jax.data.order import batch_rows
+from resattn_jax.data.order import batch_rows, mirrored
 from resattn_jax.data.pictures import BrokenPicture, Picture
 from resattn_jax.data.sources import Source
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
@@ -43,13 +43,17 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """An endless sequence of shuffled batches; this host's part of each, at `positions` of the global batch."""
+    """An endless sequence of shuffled batches; this host's part of each, at `positions` of the global batch.
+
+    alternating: with alternating flip.
+    """
 
     source: Source
     transform: TrainTransform
     seed: int
     batch_size: int
     positions: np.ndarray
+    alternating: bool = False
 
     def __len__(self) -> int:
         return 1 << 40
@@ -68,12 +72,15 @@ class TrainBatches:
 
         In place of a broken picture stands another, drawn by the position too. Raises UsageError when many are broken.
         """
-        rng = np.random.default_rng([self.seed, step * self.batch_size + position, 1])
+        place = step * self.batch_size + position
+        rng = np.random.default_rng([self.seed, place, 1])
         broken: list[tuple[str, str]] = []
         for _ in range(_TRIES):
             try:
                 data, label = self.source[row]
                 self.transform(Picture(data, upright=self.transform.upright), rng, out)
+                if self.alternating and mirrored(self.seed, np.array(row), np.array(place), len(self.source)):
+                    out[...] = out[:, ::-1]
                 return label, True, broken
             except (BrokenPicture, OSError) as error:
                 broken.append((self.source.name(row), str(error)))

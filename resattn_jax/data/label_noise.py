@@ -20,6 +20,7 @@ class NoisySource:
         if not 0 <= noise <= 1:
             raise UsageError(f"config.data.label_noise is a share of the labels, from 0 to 1, not {noise}")
         self._source, self.class_names, self.image_shape = source, source.class_names, source.image_shape
+        self._noise = f"labels wrong: {noise}, {seed}"
         rng = np.random.default_rng([seed, 0x1ABE1])
         wrong = rng.random(len(source)) < noise
         # What is added to each label, modulo the number of classes. All wrong classes are equally likely.
@@ -34,6 +35,11 @@ class NoisySource:
 
     def fingerprint(self, rows: np.ndarray | None = None) -> str:
         return self._source.fingerprint(rows)
+
+    def identity(self) -> tuple[str, str] | None:
+        """For `kept`: that of the source, and what is wrong of it."""
+        inner = getattr(self._source, "identity", lambda: None)()
+        return inner and (inner[0], f"{inner[1]}\0{self._noise}")
 
     def name(self, row: int) -> str:
         return self._source.name(row)

@@ -1,4 +1,7 @@
-"""The order of training: which example stands where, a function of the seed and the position alone."""
+"""The order of training: which example stands where, and which way round it is seen, functions of the seed alone.
+
+A position is counted from the start of the run, over all batches.
+"""
 
 from __future__ import annotations
 
@@ -24,3 +27,18 @@ def batch_rows(seed: int, step: int, batch_size: int, examples: int) -> np.ndarr
     for e in range(epoch[0], epoch[-1] + 1):
         rows[epoch == e] = epoch_order(seed, e, examples)[index[epoch == e]]
     return rows
+
+
+def mirrored(seed: int, rows: np.ndarray, positions: np.ndarray, examples: int) -> np.ndarray:
+    """Whether each example is seen in the mirror, bool of the shape of `rows` and of their `positions` (int64).
+
+    Alternating flip (Jordan, 2024, arXiv 2404.00498): in its first epoch a coin of each example decides,
+    and every epoch after that it is the other way round.
+    """
+    return _coins(seed, examples)[rows] ^ (positions // examples % 2 == 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _coins(seed: int, examples: int) -> np.ndarray:
+    """bool [examples], a function of seed and example; an example's coin is the same in a larger set."""
+    return np.random.default_rng([seed, 0, 2]).random(examples) < 0.5

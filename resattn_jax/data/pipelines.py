@@ -17,13 +17,14 @@ from jax.sharding import Mesh
 
 from resattn_jax.config import why_streamed
 from resattn_jax.data import resident, streaming
+from resattn_jax.data.kept import read_kept
 from resattn_jax.data.label_noise import NoisySource
-from resattn_jax.data.pictures import exif_orientation
-from resattn_jax.data.sources import Examples, Source, Split, open_source, read
+from resattn_jax.data.pictures import BrokenPicture, Picture, exif_orientation
+from resattn_jax.data.sources import Examples, Source, Split, open_source
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.data.transforms import EvalTransform, TrainTransform
 from resattn_jax.errors import UsageError
-from resattn_jax.runtime import Platform
+from resattn_jax.runtime import Platform, kept_folder
 
 log = logging.getLogger("resattn_jax")
 
@@ -100,7 +101,12 @@ class TrainingData:
         data, augment, seed = self._config.data, self._config.augment, self._config.seed
         if self.spec.resident:
             return resident.ResidentTrain(
-                self._examples, seed=seed, batch_size=batch_size, steps_per_dispatch=steps_per_dispatch, mesh=mesh
+                self._examples,
+                seed=seed,
+                batch_size=batch_size,
+                steps_per_dispatch=steps_per_dispatch,
+                mesh=mesh,
+                alternating=augment.alternating_flip,
             )
         transform = TrainTransform(
             self.spec.image_shape[0],
@@ -110,20 +116,32 @@ class TrainingData:
             (augment.randaugment, augment.randaugment_magnitude),
             self.spec.exif_orientation,
         )
+        reading = _reading(data, platform, mesh)
         return streaming.StreamingTrain(
             self._train,
             transform,
+            reading,
             seed=seed,
             batch_size=batch_size,
-            workers=data.workers,
-            skip_broken=data.broken == "skip",
-            shares_host_memory=platform.shares_host_memory,
-            mesh=mesh,
+            alternating=augment.alternating_flip,
         )
 
     def eval_stream(self, mesh: Mesh, platform: Platform, *, batch_size: int) -> EvalStream:
         """The evaluation split's stream."""
         return _eval_stream(self._config, self.spec, self._eval, mesh, platform, batch_size)
+
+    def eval_pictures(self, count: int) -> np.ndarray:
+        """The first pictures of the evaluation split as the net is shown them: uint8 [N, H, W, C], the centre of each.
+
+        N is `count`, or less where there are fewer or some cannot be read. It opens no stream.
+        """
+        height, width, channels = self.spec.eval_shape
+        transform, found = dataclasses.replace(eval_transform(self._config, self.spec), views=1), []
+        for row in range(min(count, len(self._eval))):
+            with contextlib.suppress(BrokenPicture, OSError):  # the stream tells of them
+                picture = Picture(self._eval[row][0], upright=transform.upright)
+                found.append(transform(picture)[0, ..., :channels])  # a grey one has it three times
+        return np.stack(found) if found else np.zeros((0, height, width, channels), np.uint8)
 
     def turned(self, rows: Iterable[int]) -> int:
         """How many of some rows of the training split are pictures that EXIF orientation wants to be turned."""
@@ -283,20 +301,16 @@ def _eval_stream(
             f"the net was trained on images of {spec.image_shape[-1]} channel; {data.name} cannot be streamed to it,"
             " which gives 3, as another size, ten views or config.data.pipeline=streaming would"
         )
-    return streaming.StreamingEval(
-        source,
-        eval_transform(config, spec),
-        batch_size=batch_size,
-        max_examples=limit,
-        workers=data.workers,
-        skip_broken=data.broken == "skip",
-        shares_host_memory=platform.shares_host_memory,
-        mesh=mesh,
-    )
+    transform, reading = eval_transform(config, spec), _reading(data, platform, mesh)
+    return streaming.StreamingEval(source, transform, reading, batch_size=batch_size, max_examples=limit)
+
+
+def _reading(data: ml_collections.ConfigDict, platform: Platform, mesh: Mesh) -> streaming.Reading:
+    return streaming.Reading(data.workers, data.broken == "skip", platform.shares_host_memory, mesh)
 
 
 def _read(config: ml_collections.ConfigDict, source: Source) -> Examples:
-    examples = read(source, skip_broken=config.data.broken == "skip")
+    examples = read_kept(source, kept_folder(), skip_broken=config.data.broken == "skip")
     for name, why in examples.broken:
         log.warning("skipped %s: %s", name, why)
     return examples

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from resattn_jax.data.order import batch_rows
+from resattn_jax.data.order import batch_rows, mirrored
 from resattn_jax.data.sources import Examples
 from resattn_jax.data.spec import DataSpec
 
@@ -23,6 +24,13 @@ Arrays = dict[str, jax.Array]  # {"image": uint8 [N, H, W, C], "label": int32 [N
 def take(arrays: Arrays, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images uint8 [B, H, W, C] and labels int32 [B] of rows int32 [B], inside the compiled step."""
     return arrays["image"][rows], arrays["label"][rows]
+
+
+def take_mirrored(arrays: Arrays, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same for a stream with alternating flip, where ~row, a negative number, is a row seen in the mirror."""
+    mirror = rows < 0
+    images, labels = take(arrays, jnp.where(mirror, ~rows, rows))
+    return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images), labels
 
 
 def train_shapes(
@@ -38,21 +46,34 @@ def train_shapes(
 
 
 class ResidentTrain:
-    """The training stream of a set that lies on every device of a mesh."""
+    """The training stream of a set that lies on every device of a mesh. alternating: with alternating flip."""
 
-    def __init__(self, examples: Examples, *, seed: int, batch_size: int, steps_per_dispatch: int, mesh: Mesh):
-        self.examples, self.skipped, self.take = len(examples.labels), len(examples.broken), take
-        self.arrays = _put_examples(examples, mesh)
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        seed: int,
+        batch_size: int,
+        steps_per_dispatch: int,
+        mesh: Mesh,
+        alternating: bool = False,
+    ):
+        self.examples, self.skipped = len(examples.labels), len(examples.broken)
+        self.take = take_mirrored if alternating else take
+        self.arrays, self._alternating = _put_examples(examples, mesh), alternating
         self._seed, self._mesh, self._shape = seed, mesh, (steps_per_dispatch, batch_size)
 
     def batches(self, step: int, count: int) -> jax.Array:
-        """Rows of the batches of `count` steps from `step` on, int32 [steps_per_dispatch, B], B sharded.
+        """Rows of the batches of `count` steps from `step` on as `take` has them, int32 [steps_per_dispatch, B].
 
-        What is beyond `count` only fills the array, so that one compiled program serves any count.
+        B is sharded. What is beyond `count` only fills the array, so that one compiled program serves any count.
         """
         rows = np.zeros(self._shape, np.int32)
         for i in range(count):
             rows[i] = batch_rows(self._seed, step + i, self._shape[1], self.examples)
+            if self._alternating:
+                positions = np.arange((step + i) * self._shape[1], (step + i + 1) * self._shape[1])
+                rows[i] ^= -mirrored(self._seed, rows[i], positions, self.examples).astype(np.int32)  # x ^ -1 is ~x
         return put(rows, self._mesh, P(None, "data"))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ reads only the part of the batch that lies on its own devices.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -42,33 +43,60 @@ def train_shapes(
     }
 
 
-class StreamingTrain:
-    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch."""
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How pictures get from a source to the devices of a mesh.
 
-    def __init__(
-        self,
-        source: Source,
-        transform: TrainTransform,
-        *,
-        seed: int,
-        batch_size: int,
-        workers: int,
-        skip_broken: bool,
-        shares_host_memory: bool,
-        mesh: Mesh,
-    ):
-        self.examples, self.take = len(source), take
+    workers: processes that decode, 0 for threads of this one. skip_broken: leave broken pictures out, else the first
+    is an error. shares_host_memory: as of a `Platform`.
+    """
+
+    workers: int
+    skip_broken: bool
+    shares_host_memory: bool
+    mesh: Mesh
+
+
+class _Stream:
+    """What a stream for training and one for evaluation have in common."""
+
+    def __init__(self, reading: Reading, batch_size: int, leading: int):
+        self.take = take
         self.arrays: dict[str, jax.Array] = {}
-        self._shards = _Shards(mesh, batch_size, leading=1)
-        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions)
-        self._workers, self._copied, self._broken = workers, not shares_host_memory, _Broken(skip_broken)
-        self._next = 0
-        self._prefetched: _Prefetched | None = None
+        self._shards = _Shards(reading.mesh, batch_size, leading)
+        self._reading, self._broken = reading, _Broken(reading.skip_broken)
 
     @property
     def skipped(self) -> int:
         """The number of different broken pictures met so far on this host."""
         return len(self._broken.names)
+
+    def _prefetch(self, batches: TrainBatches | EvalBatches, start: int, put: Callable[[Batch], Any]) -> _Prefetched:
+        loaded = load(batches, start, self._reading.workers)
+        return _Prefetched(loaded, put, copied=not self._reading.shares_host_memory)
+
+
+class StreamingTrain(_Stream):
+    """The training stream of a set whose pictures are decoded and cut out ahead of the step; one step a dispatch.
+
+    alternating: with alternating flip.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: TrainTransform,
+        reading: Reading,
+        *,
+        seed: int,
+        batch_size: int,
+        alternating: bool = False,
+    ):
+        super().__init__(reading, batch_size, leading=1)
+        self.examples = len(source)
+        self._batches = TrainBatches(source, transform, seed, batch_size, self._shards.positions, alternating)
+        self._next = 0
+        self._prefetched: _Prefetched | None = None
 
     def batches(self, step: int, count: int) -> dict[str, jax.Array]:
         """The batch of `step`, leaves [1, B, …], B sharded; count is 1.
@@ -78,8 +106,7 @@ class StreamingTrain:
         """
         if self._prefetched is None or step != self._next:
             self.close()
-            batches = load(self._batches, step, self._workers)
-            self._prefetched = _Prefetched(batches, self._put, self._copied)
+            self._prefetched = self._prefetch(self._batches, step, self._put)
         self._next = step + count
         batch, broken = next(self._prefetched)
         try:
@@ -99,38 +126,27 @@ class StreamingTrain:
         return {"image": self._shards.put(batch.images), "label": self._shards.put(batch.labels)}
 
 
-class StreamingEval:
+class StreamingEval(_Stream):
     """The evaluation stream of a set whose pictures are decoded and cut out ahead of the step."""
 
     def __init__(
         self,
         source: Source,
         transform: EvalTransform,
+        reading: Reading,
         *,
         batch_size: int,
         max_examples: int | None,
-        workers: int,
-        skip_broken: bool,
-        shares_host_memory: bool,
-        mesh: Mesh,
     ):
+        super().__init__(reading, batch_size, leading=0)
         count = len(source) if max_examples is None else min(max_examples, len(source))
-        self.take = take
-        self.arrays: dict[str, jax.Array] = {}
-        self._shards = _Shards(mesh, batch_size, leading=0)
         self._batches = EvalBatches(source, transform, count, batch_size, self._shards.positions)
-        self._workers, self._copied, self._broken = workers, not shares_host_memory, _Broken(skip_broken)
-
-    @property
-    def skipped(self) -> int:
-        """The number of different broken pictures met so far on this host."""
-        return len(self._broken.names)
 
     def __iter__(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """(batch, mask bool [B]) of each batch: every example once; what fills the last one up and a broken picture
         have no mask. Images of several views are [B, views, H, W, 3].
         """
-        prefetched = _Prefetched(load(self._batches, 0, self._workers), self._put, self._copied)
+        prefetched = self._prefetch(self._batches, 0, self._put)
         try:
             for (images, labels, mask), broken in prefetched:
                 self._broken.tell(broken)

@@ -123,9 +123,9 @@ def _recipe(net: TrainedNet) -> str:
     """The keys that say how it was trained, as far as they change anything."""
     if not net.step:
         return "## Recipe\n\nHow these weights were trained, those who made them know."
-    sections = ("optimizer.", "schedule.", "augment.", "model.", "data.label_noise")
-    alone = ("seed", "batch_size", "accumulate", "total_epochs", "total_steps", "sync_batch_norm", "init_from",
-             "label_smoothing", "ema_decay")  # fmt: skip
+    sections = ("optimizer.", "sam.", "schedule.", "augment.", "model.", "data.label_noise")
+    alone = ("seed", "batch_size", "accumulate", "total_epochs", "total_steps", "sync_batch_norm", "batch_norm_span",
+             "init_from", "label_smoothing", "ema_decay")  # fmt: skip
     rows = [
         f"| `{key}` | {value} |"
         for key, value in flatten(net.config).items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -18,11 +19,12 @@ from resattn_jax.models.nets import Pointwise, Pooling, Upsampling
 
 # He et al., "Delving Deep into Rectifiers" (ICCV 2015): normal with variance 2/fan.
 # "pytorch" is what torch.nn.Conv2d and torch.nn.Linear draw: uniform in ±1/sqrt(fan_in).
-INITIALIZERS = {
-    "he_fan_in": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-    "he_fan_out": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    "pytorch": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+SCALINGS: dict[str, tuple[float, Literal["fan_in", "fan_out"], Literal["normal", "uniform"]]] = {
+    "he_fan_in": (2.0, "fan_in", "normal"),
+    "he_fan_out": (2.0, "fan_out", "normal"),
+    "pytorch": (1 / 3, "fan_in", "uniform"),
 }
+INITIALIZERS = {name: nn.initializers.variance_scaling(*scaling) for name, scaling in SCALINGS.items()}
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -72,11 +74,14 @@ class BatchNorm(nn.Module):
     [B, H, W, C] -> the same, in x's dtype; scale, bias and statistics are float32 [C]. With train=True the batch's own
     statistics are used, those of all shards of `axis_name` if given, and running = 0.9 * running + 0.1 * batch, of the
     biased variance; make "batch_stats" mutable then.
+    span: so many images have their statistics together: a part of B (ghost batch norm, Hoffer et al., 2017, arXiv
+    1705.08741), of which the running statistics get the average, or B on each of several neighbours along `axis_name`.
     """
 
     train: bool
     relu: bool = False
     axis_name: str | None = None
+    span: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,10 +92,43 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         if not self.train:
             return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
-        y, batch_mean, batch_var = _normalize_batch(x, scale, bias, self.relu, self.axis_name)
+        groups, over = _groups(len(x), self.axis_name, self.span)
+        if groups == 1:
+            y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, over)
+        else:
+            normalize = jax.vmap(lambda part: _normalize_batch_once(part, scale, bias, self.relu, over))
+            parts, means, variances = normalize(x.reshape(groups, -1, *x.shape[1:]))
+            y, batch_mean, batch_var = parts.reshape(x.shape), jnp.mean(means, 0), jnp.mean(variances, 0)
         mean.value = 0.9 * mean.value + 0.1 * batch_mean.astype(mean.value.dtype)
         var.value = 0.9 * var.value + 0.1 * batch_var.astype(var.value.dtype)
         return y
+
+
+# A mesh axis, and its indices in groups whose members are averaged over, or None for all together.
+Over = tuple[str, tuple[tuple[int, ...], ...] | None]
+
+
+def _groups(images: int, axis_name: str | None, span: int | None) -> tuple[int, Over | None]:
+    """How many groups a device's images are in for their statistics, and which devices are averaged over.
+
+    Raises ValueError where the images or the devices cannot be divided so.
+    """
+    if span is None:
+        return 1, (axis_name, None) if axis_name else None
+    if images % span == 0:
+        return images // span, None
+    devices = jax.lax.axis_size(axis_name) if axis_name else 1
+    together = span // images
+    if span % images or devices % together:
+        raise ValueError(f"statistics of {span} images: neither {images} nor {devices} devices of {images} divide so")
+    if together == devices:
+        return 1, (str(axis_name), None)
+    return 1, (str(axis_name), tuple(tuple(range(i, i + together)) for i in range(0, devices, together)))
+
+
+def _mean_over(values: Any, over: Over) -> Any:
+    """The average of each value over the devices of a group."""
+    return jax.lax.pmean(values, over[0], axis_index_groups=over[1])
 
 
 def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
@@ -109,7 +147,7 @@ def _channels(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalize_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised x, and the mean and variance of the batch [C], through which no gradient flows.
 
@@ -118,21 +156,21 @@ def _normalize_batch(
     """
     wide = widen(x)
     mean, square = jnp.mean(wide, (0, 1, 2)), jnp.mean(wide**2, (0, 1, 2))
-    if axis_name:
-        mean, square = jax.lax.pmean((mean, square), axis_name)
+    if over:
+        mean, square = _mean_over((mean, square), over)
     var = jnp.maximum(square - mean**2, 0)
     return _affine(x, mean, var, scale, bias, relu).astype(x.dtype), mean, var
 
 
 def _normalize_batch_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, axis_name: str | None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    y, mean, var = _normalize_batch(x, scale, bias, relu, axis_name)
+    y, mean, var = _normalize_batch(x, scale, bias, relu, over)
     return (y, mean, var), (x, mean, var, scale, bias)
 
 
 def _normalize_batch_backward(
-    relu: bool, axis_name: str | None, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+    relu: bool, over: Over | None, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, var, scale, bias = saved
     wide, gradient = widen(x), widen(gradients[0])
@@ -142,8 +180,8 @@ def _normalize_batch_backward(
     for_bias = jnp.sum(gradient, (0, 1, 2))
     for_scale = (jnp.sum(gradient * wide, (0, 1, 2)) - mean * for_bias) * inverse
     means = for_bias * (x.shape[-1] / x.size), for_scale * (x.shape[-1] / x.size)
-    if axis_name:
-        means = jax.lax.pmean(means, axis_name)
+    if over:
+        means = _mean_over(means, over)
     # scale * inverse * (gradient - means[0] - (x - mean) * inverse * means[1]), a product and a sum for each value
     slope = -means[1] * inverse
     factor = scale.astype(wide.dtype) * inverse
@@ -152,6 +190,9 @@ def _normalize_batch_backward(
 
 
 _normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+# A net has many norms of few shapes. Under jit each of these is traced and differentiated once.
+_normalize_batch_once = jax.jit(_normalize_batch, static_argnums=(3, 4))
 
 
 class Linear(nn.Module):

@@ -159,15 +159,17 @@ class ResidualAttentionNetwork(nn.Module):
     """A whole net: stem, stages of residual units and attention modules, tail units, global pooling, linear head.
 
     dtype: what convolutions compute in. axis_name: the mesh axis over which batch statistics are synchronised inside
-    `jax.shard_map`; None keeps them local to a device. remat: the backward pass computes the inside of a residual unit
-    anew from the unit's input instead of keeping it, for less memory and one more forward pass. pointwise, pooling,
-    upsampling: which program computes a 1x1 convolution, a max-pooling and an upsampling; see `create_model`.
+    `jax.shard_map`; None keeps them local to a device. norm_span: as `BatchNorm.span`. remat: the backward pass
+    computes the inside of a residual unit anew from the unit's input instead of keeping it, for less memory and one
+    more forward pass. pointwise, pooling, upsampling: which program computes a 1x1 convolution, a max-pooling and an
+    upsampling; see `create_model`.
     """
 
     spec: Spec
     num_classes: int
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    norm_span: int | None = None
     remat: bool = False
     pointwise: Pointwise = "convolution"
     pooling: Pooling = "window"
@@ -182,7 +184,7 @@ class ResidualAttentionNetwork(nn.Module):
         """
         spec = self.spec
         conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype, pointwise=self.pointwise)
-        norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name)
+        norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name, span=self.norm_span)
         kind = nn.remat(UNITS[spec.unit]) if self.remat else UNITS[spec.unit]
         unit: Layer = functools.partial(kind, conv=conv, norm=norm)
         pool = functools.partial(max_pool, pooling=self.pooling)
@@ -222,6 +224,7 @@ def create_model(
     num_classes: int,
     dtype: DTypeLike = "float32",
     axis_name: str | None = None,
+    norm_span: int | None = None,
     remat: bool = False,
     pointwise: Pointwise = "convolution",
     pooling: Pooling = "window",
@@ -235,6 +238,8 @@ def create_model(
       num_classes: length of the logits.
       dtype: what the net computes in; parameters, statistics and logits stay float32.
       axis_name: mesh axis over which batch statistics are synchronised inside `jax.shard_map`, or None.
+      norm_span: so many images have their statistics together, a part of a device's or those of several devices; None
+        for a device's, or with axis_name for all.
       remat: compute the inside of each residual unit anew in the backward pass, for less memory. Weights and results
         stay what they are.
       pointwise: 1x1 convolutions as convolutions, or as matrix products over [B * H * W, C].
@@ -259,6 +264,7 @@ def create_model(
         num_classes=num_classes,
         dtype=jnp.dtype(dtype),
         axis_name=axis_name,
+        norm_span=norm_span,
         remat=remat,
         pointwise=pointwise,
         pooling=pooling,

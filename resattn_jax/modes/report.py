@@ -62,7 +62,8 @@ def measure(net: Classifier, devices: list[jax.Device] | None = None) -> Measure
     """
     mesh = runtime.make_mesh(devices)
     config = net.config.copy_and_resolve_references()
-    config.update(batch_size=2 * mesh.size, accumulate=1, sync_batch_norm=False)  # of training, on other devices
+    # These are of training, on other devices.
+    config.update(batch_size=2 * mesh.size, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
     experiment = build(config, for_evaluation(config, net.spec), mesh)
     size = experiment.eval_batch_size
     stream = open_eval(config, experiment.spec, mesh, experiment.platform, batch_size=size)

@@ -28,6 +28,8 @@ from resattn_jax.metrics import is_better, scalars
 from resattn_jax.models.count import count_multiply_adds, count_parameters
 from resattn_jax.report.console import Startup
 from resattn_jax.report.contact_sheet import contact_sheet
+from resattn_jax.report.mask_sheet import MaskSheet
+from resattn_jax.report.tracker import check_installed
 from resattn_jax.report.training import Report
 from resattn_jax.run import Run
 from resattn_jax.signals import SIGNALS, Signals
@@ -67,6 +69,7 @@ def train_and_evaluate(
     startup = Startup(time.perf_counter() if began is None else began)
     run = Run(workdir)
     check(config)
+    check_installed(config)
     run.compare(config)
     mesh = runtime.make_mesh(devices)
     startup.done("imports and devices")
@@ -89,7 +92,8 @@ def train_and_evaluate(
         trace,
     ):
         _introduce(report, experiment, config, run, data, notes)
-        training = Training(config, experiment, train, evaluation, checkpoints, report, startup, watchdog, trace)
+        masks = MaskSheet(experiment, data)
+        training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog, trace)
         training.restore()
         training.compile()
         with SIGNALS.held() as signals:
@@ -106,6 +110,7 @@ class Training:
         experiment: Experiment,
         train: TrainStream,
         evaluation: EvalStream,
+        masks: MaskSheet,
         checkpoints: Writer,
         report: Report,
         startup: Startup,
@@ -113,8 +118,10 @@ class Training:
         trace: profiler.Profile,
     ):
         self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
+        self.masks = masks
         self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
         self.trace = trace
+        self.seed = put(np.array(config.seed, np.uint32), experiment.mesh, P())
         self.total, self.devices = experiment.durations.total, runtime.describe_devices(experiment.mesh)
         self.step = 0
         self.state: TrainState
@@ -156,23 +163,33 @@ class Training:
         if self.step == self.total:
             return
         self.startup.done("checkpoint" if self.step else "first weights")
-        self.report.say("compiling the train step …")
-        compiled = runtime.compile_timed(self.experiment.train_steps, *self.experiment.train_shapes())
+        cached = self.compile_step()
+        self.startup.done("compiling (from the cache)" if cached else "compiling")
+
+    def compile_step(self) -> bool:
+        """Compiles the program of the steps from here on. Returns whether the cache had it."""
+        experiment, which = self.experiment, "train step"
+        steps = experiment.train_steps if self.step < experiment.sam_from else experiment.sam_steps
+        if self.step >= experiment.sam_from:
+            which = f"train step with SAM, which begins after step {experiment.sam_from}"
+        self.report.say(f"compiling the {which} …")
+        compiled = runtime.compile_timed(steps, *experiment.train_shapes())
         self.train_steps = compiled.program
-        self.startup.done("compiling (from the cache)" if compiled.cached else "compiling")
         whence = "from" if compiled.cached else "the next start finds it in"
         self.report.say(f"compiled in {compiled.seconds:.1f} s ({whence} the cache)")
+        return compiled.cached
 
     def loop(self, signals: Signals) -> None:
         """Steps, log, evaluate, save, in this order, to the end. Raises Interrupted after a signal."""
         self.trace.begin_run(self.step, self.experiment.platform.name, self.report.say)
-        self.trace.at(self.step)
         self.clock.start(self.step)
         while self.step < self.total:
             self.dispatch()
             due = {name for name, n in self.experiment.every.items() if self.step == self.total or self._divides(n)}
             if self.trace.due(self.step):
                 due.add("trace")
+            if self.step == self.experiment.sam_from < self.total:
+                due.add("sam")
             stopping = runtime.agreed(signals.received, due=bool(due))
             self.final = None
             if due or stopping:
@@ -184,13 +201,15 @@ class Training:
                 self.log()
             if "eval" in due:
                 self.final = self.evaluate()
-            if due & {"eval", "save"} or stopping:
+            if due & {"eval", "save", "sam"} or stopping:  # before compiling, which no signal cuts short
                 self.save()
             if stopping and self.step < self.total:
                 self.settle()
                 raise Interrupted(
                     stopping, f"stopped at step {self.step} of {self.total}; the same command goes on from there"
                 )
+            if "sam" in due:
+                self.compile_step()
             if due or not self.warm:
                 jax.block_until_ready(self.state.step)
                 self.warm = True
@@ -201,13 +220,16 @@ class Training:
         """Trains up to the next step at which something is due, or as many as one dispatch takes."""
         until_due = [n - self.step % n for n in self.experiment.every.values() if n]
         until_due += self.trace.until_due(self.step)
+        if self.step < self.experiment.sam_from:
+            until_due.append(self.experiment.sam_from - self.step)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
         if self.step == 0:
             self.show(batches)
+        self.trace.at(self.step)
         span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
         with self.trace.steps(self.step, count):
-            self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span)
+            self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span, self.seed)
         if not self.warm:
             jax.block_until_ready(metrics)
             self.startup.done("first step" if count == 1 else f"first {count} steps")
@@ -277,6 +299,8 @@ class Training:
         """Measures the evaluation split, logs it, keeps the best, and returns the metrics of one number."""
         metrics = self.measure()
         self.report.log(self.step, "eval", metrics)
+        self.report.masks(self.step, self.masks, self.state.eval_variables)
+        self.watchdog.alive()
         final = scalars(metrics)
         if is_better(final, self.best):
             self.best = {**final, "step": self.step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -28,18 +29,20 @@ def contact_sheet(experiment: Experiment, train: TrainStream, batches: Any, coun
     """
     recipe, names = experiment.recipe, experiment.spec.class_names
 
-    def inputs(arrays: Any, batches: Any) -> tuple[jax.Array, jax.Array]:
+    def inputs(arrays: Any, batches: Any, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
         images, labels = train.take(arrays, jax.tree.map(lambda x: x[0], batches))
-        return network_inputs(recipe, jnp.int32(0), images, labels, len(names))
+        return network_inputs(dataclasses.replace(recipe, seed=seed), jnp.int32(0), images, labels, len(names))
 
-    specs = (P(), P(None, "data"))
+    specs = (P(), P(None, "data"), P())
     spread = jax.shard_map(inputs, mesh=experiment.mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
 
-    def shown(arrays: Any, batches: Any) -> Any:
-        return jax.tree.map(lambda x: x[:count], spread(arrays, batches))  # no host may have room for the whole batch
+    def shown(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: x[:count], spread(*arguments))  # no host may have room for the whole batch
 
     everywhere = NamedSharding(experiment.mesh, P())
-    images, targets = map(np.asarray, jax.jit(shown, out_shardings=everywhere)(train.arrays, batches))
+    seed = np.uint32(recipe.seed)  # an argument, as in a step, so that other seeds find the program in the cache
+    found = jax.jit(shown, out_shardings=everywhere)(train.arrays, batches, seed)
+    images, targets = map(np.asarray, found)
     pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
     return _drawn(pixels, [_caption(target, names, recipe.label_smoothing) for target in targets])
 

@@ -14,7 +14,9 @@ import jinja2
 import PIL.Image
 from etils import epath
 
+from resattn_jax import buckets
 from resattn_jax.errors import UsageError, printable, reason
+from resattn_jax.run import Run
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
@@ -47,14 +49,12 @@ def png_url(image: PIL.Image.Image) -> str:
 
 def write_files(folder: epath.PathLike, files: dict[str, bytes]) -> None:
     """Writes files by their names into a folder, which is made; each whole or not at all. Raises UsageError."""
-    path = epath.Path(folder)
+    run = Run(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        run.make()
         for name, content in files.items():
-            temporary = path / f".{name}.tmp"
-            temporary.write_bytes(content)
-            temporary.replace(path / name)
-    except OSError as error:
+            run.write_bytes(name, content)
+    except buckets.faults() as error:
         raise UsageError(
             f"{printable(str(folder))} cannot be written: {reason(error)}; choose another --output"
         ) from error

@@ -12,12 +12,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import tensorboardX.summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resattn_jax.config import flatten
 from resattn_jax.errors import printable
+from resattn_jax.report.lean_tensorboardx import Event, EventsWriter, SessionLog, summary
 
 COMPARED = ("eval/top1", "eval/top5", "eval/loss", "eval/ece", "train/images_per_second")  # scalars that are logged
 
@@ -36,17 +34,17 @@ class EventFile:
         self._writer = EventsWriter(os.path.join(folder, "events"), suffix)
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def add(self, summary: Any, step: int = 0) -> None:
+    def add(self, added: Any, step: int = 0) -> None:
         """Adds a summary of a step. It is on the disk after `flush`."""
-        self._write(Event(step=step, summary=summary))
+        self._write(Event(step=step, summary=added))
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a number."""
-        self.add(tensorboardX.summary.scalar(name, value), step)
+        self.add(summary.scalar(name, value), step)
 
     def image(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Adds a picture, uint8 [H, W, 3]."""
-        self.add(tensorboardX.summary.image(name, pixels, dataformats="HWC"), step)
+        self.add(summary.image(name, pixels, dataformats="HWC"), step)
 
     def flush(self) -> None:
         """Returns when all that was added is on the disk."""
@@ -67,7 +65,7 @@ def hyper_parameters(config: ml_collections.ConfigDict) -> tuple[Any, Any, Any]:
     Written into the event file of the run itself they make a row of it, beside those of other runs below a folder.
     """
     values = {key: _plain(value) for key, value in flatten(config).items()}
-    experiment, start, end = tensorboardX.summary.hparams(values, dict.fromkeys(COMPARED, 0.0))
+    experiment, start, end = summary.hparams(values, dict.fromkeys(COMPARED, 0.0))
     return experiment, start, end
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run as it goes, and what is kept of it: console, metrics.jsonl, TensorBoard.
+"""What a person sees of a run as it goes, and what is kept of it: console, metrics.jsonl, TensorBoard, a tracker.
 
 One process of a run reports; on the other hosts of a cluster every method does nothing.
 """
@@ -19,7 +19,9 @@ import rich.progress
 import rich.table
 
 from resattn_jax.report.console import metrics_table
+from resattn_jax.report.mask_sheet import MaskSheet
 from resattn_jax.report.tensorboard import EventFile, confusion_picture, hyper_parameters
+from resattn_jax.report.tracker import Tracker
 from resattn_jax.run import Run
 
 _FORMATS = {"top1": "{:.2%}", "top5": "{:.2%}", "ece": "{:.2%}", "images_per_second": "{:,.0f}", "examples": "{:,}"}
@@ -37,6 +39,7 @@ class Report:
         self._size: dict[str, int] = {}
         self._confusion: tuple[int, list[list[int]]] | None = None  # of the newest evaluation
         self._events: EventFile | None = None
+        self._tracker: Tracker | None = None
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("step"),
             rich.progress.MofNCompleteColumn(),
@@ -54,11 +57,13 @@ class Report:
             self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._active:
             self._progress.stop()
             if self._events:
                 self._events.close()
+            if self._tracker:
+                self._tracker.close(error)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress line."""
@@ -83,6 +88,8 @@ class Report:
             experiment, start, self._end = hyper_parameters(config)
             for summary in (experiment, start):
                 self._events.add(summary)
+            if config.tracker:
+                self._tracker = Tracker(self._run, config)
             self._progress.update(self._task, completed=step)
 
     def batch(self, sheet: PIL.Image.Image) -> None:
@@ -91,6 +98,15 @@ class Report:
             assert self._events
             self._events.image("train/batch", np.asarray(sheet), 0)
             self._events.flush()  # a run that goes on does not draw it again
+
+    def masks(self, step: int, sheet: MaskSheet, variables: Any) -> None:
+        """Shows TensorBoard the masks of a few evaluation pictures."""
+        if self._active:
+            assert self._events
+            drawn = sheet.draw(variables)
+            if drawn is not None:
+                self._events.image("eval/masks", drawn, step)
+                self._events.flush()
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
         """Moves the progress line."""
@@ -108,7 +124,10 @@ class Report:
         assert self._events
         if "confusion" in metrics:
             self._confusion = step, metrics["confusion"]
-        self._run.log({"step": step, **{f"{split}/{k}": v for k, v in metrics.items()}})
+        row = {"step": step, **{f"{split}/{k}": v for k, v in metrics.items()}}
+        self._run.log(row)
+        if self._tracker:
+            self._tracker.add(row)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         for name, value in numbers.items():
             self._events.scalar(f"{split}/{name}", value, step)
@@ -155,5 +174,7 @@ class Report:
             self._events.add(self._end)
             self._events.flush()
             self._run.write_result(result)
+            if self._tracker:
+                self._tracker.result(result)
             rows = {"last": {"step": result["step"], **result["final"]}, "best top-1": result["best"]}
             self._console.print(metrics_table(rows))

@@ -1,8 +1,12 @@
-"""scikit-learn's handwritten digits: a set that needs no download."""
+"""scikit-learn's handwritten digits: a set that needs no download.
+
+digits.npz has them as `sklearn.datasets.load_digits` gives them, grey values of 0 to 16, those of the test split last.
+"""
 
 from __future__ import annotations
 
 import io
+import pathlib
 
 import numpy as np
 import PIL.Image
@@ -10,6 +14,8 @@ import PIL.Image
 from resattn_jax.data.sources import Source
 from resattn_jax.data.sources.slices import sliced
 from resattn_jax.errors import UsageError
+
+_TEST = 360
 
 
 def open_split(name: str, split: str, data_dir: str | None) -> Source:
@@ -19,7 +25,7 @@ def open_split(name: str, split: str, data_dir: str | None) -> Source:
 
 def prepare(name: str, data_dir: str | None) -> str:
     """Says that there is nothing to do."""
-    return "digits come with scikit-learn and need no preparing"
+    return "digits are on board and need no preparing"
 
 
 class DigitsSource:
@@ -30,18 +36,12 @@ class DigitsSource:
 
     def __init__(self, split: str):
         """Raises UsageError if there is no such split."""
-        from sklearn.datasets import load_digits  # imports of seconds that only digits need
-        from sklearn.model_selection import train_test_split
-
         if split not in ("train", "test"):
             raise UsageError(f"digits have the splits train and test, not {split!r}")
-        digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.images)), test_size=360, stratify=digits.target, random_state=0, shuffle=True
-        )
-        rows = train if split == "train" else test
-        self._images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-        self._labels = digits.target[rows]
+        rows = slice(None, -_TEST) if split == "train" else slice(-_TEST, None)
+        with np.load(pathlib.Path(__file__).with_name("digits.npz")) as digits:
+            self._images = np.round(digits["images"][rows] * (255 / 16)).astype(np.uint8)
+            self._labels = digits["labels"][rows].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class TfdsSource:
         shape = features[self._image].shape
         self.image_shape = None if None in shape else shape
         self._title, self._version = f"{name} {split}", builder.info.full_name
+        self._folder = str(builder.data_path)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -77,6 +79,15 @@ class TfdsSource:
     def fingerprint(self, rows: np.ndarray | None = None) -> str:
         """The set's name and version, by which TFDS promises the same examples."""
         return str(self._version)
+
+    def identity(self) -> tuple[str, str] | None:
+        """For `kept`: the split and where it lies; then also the name, size and time of every file of the set."""
+        try:
+            files = sorted((file.name, file.stat()) for file in os.scandir(self._folder) if file.is_file())
+        except OSError:  # it lies in a bucket
+            return None
+        name = f"{self._title} {os.path.realpath(self._folder)}"
+        return name, "\0".join([name, str(len(self)), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in files)])
 
     def name(self, row: int) -> str:
         try:
