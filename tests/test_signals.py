@@ -40,7 +40,7 @@ STAGES = [
 @pytest.mark.parametrize(("seconds", "number", "program"), STAGES)
 def test_before_the_first_step_it_is_one_line(seconds, number, program, tmp_path):
     """During imports, data, first weights, compiling: whatever is at work after so many seconds."""
-    process = start(tmp_path / "run", program=program)
+    process = start(tmp_path / "run", "--config.model.t=9", "--config.model.last=9", program=program)  # slow to trace
     time.sleep(seconds)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
