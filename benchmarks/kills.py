@@ -33,7 +33,8 @@ from resattn_jax.run import Run
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 160
 _RUN = [
-    *("--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"),
+    *(f"--config.model.{units}=0" for units in ("p", "t", "r", "last")),
+    "--config.batch_size=32",
     *(f"--config.total_steps={STEPS}", "--config.schedule.warmup=10 steps", "--config.log_every=20 steps"),
     *("--config.eval.every=40 steps", "--config.checkpoint.every=7 steps"),
 ]

@@ -52,7 +52,7 @@ class Mode:
 _DEVICES = ("workdir", "coordinator", "num_processes", "process_id")
 
 MODES = {
-    "train": Mode("start a run, or go on with it", _DEVICES),
+    "train": Mode("start a run, or go on with it", (*_DEVICES, "profile", "profiler_port")),
     "evaluate": Mode("measure a checkpoint", (*_DEVICES, "checkpoint"), of_a_run=True),
     "prepare": Mode("download the data set"),
     "show_data": Mode("draw a training batch as the net sees it", _DEVICES),
@@ -125,6 +125,15 @@ flags.DEFINE_multi_string(
 flags.DEFINE_string("coordinator", None, "Many hosts, if they are not found by themselves: HOST:PORT of the first.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.", 1, _MOST)
 flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0, _MOST)
+flags.DEFINE_string(
+    "profile",
+    None,
+    "START:COUNT: the COUNT steps after the first START are traced, into WORKDIR/plugins/profile, for TensorBoard's"
+    " profile tab and for XProf. Of many hosts every one is given it, and writes its own trace.",
+)
+flags.DEFINE_integer(
+    "profiler_port", None, "TensorBoard and XProf can take a trace of the run through this port.", 1, 65535
+)
 
 _OF_MODES = sorted({flag for mode in MODES.values() for flag in mode.flags})
 
@@ -136,7 +145,8 @@ class Command:
     config: for training the whole config; for a mode that measures or takes away a net, the run's with what the
     command line changes. runs: those of a report, of which `run` is the first; else that one. checkpoint: "newest",
     "best" or a step. images: as they were given. top: how many classes of each. formats: what is written to `output`.
-    cluster: the arguments of `runtime.initialize`. began: `time.perf_counter()` when the program started.
+    cluster: the arguments of `runtime.initialize`. profile: (START, COUNT), the steps to trace, or None. began:
+    `time.perf_counter()` when the program started.
     """
 
     mode: str
@@ -151,6 +161,8 @@ class Command:
     summary: bool
     formats: tuple[str, ...]
     cluster: tuple[str | None, int | None, int | None]
+    profile: tuple[int, int] | None
+    profiler_port: int | None
     began: float
 
 
@@ -187,6 +199,8 @@ def parse(argv: Sequence[str]) -> Command:
         summary=FLAGS.summary,
         formats=_formats(),
         cluster=_cluster(),
+        profile=_profile(),
+        profiler_port=FLAGS.profiler_port,
         began=BEGAN,
     )
 
@@ -349,6 +363,18 @@ def _formats() -> tuple[str, ...]:
     if named and FLAGS.output is None:
         raise UsageError(f"--format={shortened(','.join(named))} needs --output=DIR, the folder it is written to")
     return tuple(dict.fromkeys(named))
+
+
+def _profile() -> tuple[int, int] | None:
+    """(START, COUNT) of --profile. Raises UsageError for what is written otherwise."""
+    if FLAGS.profile is None:
+        return None
+    numbers = re.fullmatch(r"(\d{1,10}):0*([1-9]\d{0,9})", FLAGS.profile, re.ASCII)
+    if not numbers:
+        raise UsageError(
+            f"--profile={shortened(FLAGS.profile)}: it is written START:COUNT, such as 100:5 for steps 101 to 105"
+        )
+    return int(numbers[1]), int(numbers[2])
 
 
 def _cluster() -> tuple[str | None, int | None, int | None]:

@@ -4,6 +4,7 @@ Compiled programs are kept between tests.
 """
 
 import gc
+import json
 import os
 import pathlib
 
@@ -13,8 +14,13 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 # Also for the programs that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time goes into compiling small programs
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Most of the time goes into compiling small programs; with these it is half.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+QUICK_TO_COMPILE = (
+    "--xla_cpu_opt_preset=fast_compile --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of small objects; collecting them took a third of the time
@@ -25,6 +31,20 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+BUILT = {}
+
+
+def built_once(config, spec, mesh, platform=None):
+    """`experiment.build`, which is asked once for each config."""
+    from resattn_jax.experiment import build
+    from resattn_jax.models.nets import NETS
+
+    key = config.to_json(), json.dumps(spec.to_plain()), mesh, platform, NETS.get(config.model.name)
+    if key not in BUILT:
+        BUILT[key] = build(config, spec, mesh, platform)
+    return BUILT[key]
 
 
 @pytest.fixture
@@ -47,6 +67,22 @@ def tiny_config(monkeypatch):
     c.eval.every = "6 steps"
     c.eval.batch_size = 100
     return c
+
+
+@pytest.fixture
+def shared_programs(monkeypatch):
+    """What is built for one config and the same devices is built once, so that later runs trace and compile nothing.
+
+    For tests of what a run does, not of what it computes: a test that replaces a part of the net or of the step must
+    not use it.
+    """
+    import helpers
+
+    from resattn_jax import classifier
+    from resattn_jax.modes import evaluate, report, train
+
+    for module in (helpers, classifier, evaluate, report, train):
+        monkeypatch.setattr(module, "build", built_once)
 
 
 @pytest.fixture

@@ -28,6 +28,10 @@ from resattn_jax.train_step import Recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+# Flags of a run on the digits with the smallest net; the programs of any number of steps are the same.
+SMALL = [f"--config.model.{units}=0" for units in ("p", "t", "r", "last")]
+SMALL += ["--config.batch_size=32", "--config.schedule.name=constant"]
+
 
 # ---- Built without a command line.
 

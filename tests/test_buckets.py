@@ -33,7 +33,8 @@ from resattn_jax.run import Run
 from resattn_jax.state import Progress
 
 # Connections of gcsfs that end with the process.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+connections = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [connections, pytest.mark.usefixtures("shared_programs")]
 
 
 @pytest.fixture(scope="module")

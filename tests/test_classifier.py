@@ -15,6 +15,8 @@ from resattn_jax.modes.export import export_folder
 from resattn_jax.modes.train import train_and_evaluate
 from resattn_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture
 def trained(tiny_config, one_device, tmp_path):

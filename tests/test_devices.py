@@ -10,6 +10,8 @@ from resattn_jax.errors import UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def test_eight_devices_with_synchronised_statistics_train_as_one_does(tiny_config):
     """Crop, mixup, loss, gradients, running statistics and moving average, in float32, after three steps."""

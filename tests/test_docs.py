@@ -21,6 +21,7 @@ from helpers import ROOT, photograph
 
 from resattn_jax import cli, runtime
 from resattn_jax.__main__ import main
+from resattn_jax.configs import digits
 from resattn_jax.errors import UsageError
 from resattn_jax.models.nets import NETS, Spec, Stage, Stem
 
@@ -59,7 +60,7 @@ def folder(tmp_path):
     photograph(300, 260).save(folder / "picture.png")
     for kind in "cats", "dogs":
         (folder / "photos" / kind).mkdir(parents=True)
-        for i in range(12):
+        for i in range(8):
             photograph(40 + i, 50).save(folder / "photos" / kind / f"{i}.jpg")
     for where in "programs", "convert/bin":
         (folder / where).mkdir(parents=True)
@@ -114,11 +115,18 @@ def follow(call, needs):
         assert needs, f"the test knows nothing of {shlex.join(call)}"
 
 
+def small(config):
+    """For runs that Python blocks start."""
+    config.model.name = "ra56_cifar_slim"
+    return config
+
+
 def test_every_page_does_what_it_says(folder, monkeypatch):
     """One test, so that no process trains what another has trained already; README.md comes first, and trains most."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(runtime, "initialize", lambda *_: None)  # JAX is in use already
     monkeypatch.setitem(NETS, "ra56_cifar_slim", MICRO)
+    monkeypatch.setattr(digits, "get_config", lambda get=digits.get_config: small(get()))
     monkeypatch.setattr(jax, "devices", lambda devices=jax.devices(): devices[:1])  # one compiles faster than eight
     for page in PAGES:
         namespace = {}

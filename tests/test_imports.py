@@ -67,7 +67,7 @@ LAYERS = [
     ["augment", "trivial_augment", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
     ["convert", "naming", "naming.*", "torch_files", "mxnet_files"],
-    ["models", "models.*", "config", "rules", "runtime", "buckets", "watchdog"],
+    ["models", "models.*", "config", "rules", "runtime", "buckets", "watchdog", "profiler"],
     ["signals", "errors"],
 ]
 

@@ -6,16 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, free_port
+from helpers import ROOT, SMALL, free_port
 
 from benchmarks.kills import read_events
 
-RUN = ["--config.total_steps=6", "--config.batch_size=32", "--config.log_every=3 steps", "--config.eval.every=3 steps"]
-RUN += ["--config.sync_batch_norm=True", "--config.model.p=0", "--config.model.t=1", "--config.model.last=0"]
+RUN = [*SMALL, "--config.total_steps=6", "--config.log_every=3 steps", "--config.eval.every=3 steps"]
+RUN += ["--config.sync_batch_norm=True"]
 
 
 def start(workdir, *flags, devices):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    here = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": here}
     command = [sys.executable, "main.py", *RUN, f"--workdir={workdir}", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -36,6 +36,8 @@ from resattn_jax.report.run_page import Measured, most_confused, run_page
 from resattn_jax.report.tensorboard import confusion_picture
 from resattn_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 NASTY = ["<script>alert(1)</script>", "$x_1$ & \"b\" 'c'", "line\nbreak \u202eabc", "bad\udcff", "漢字 {{ 7 * 7 }}"]
 NASTY += list("56789")
 

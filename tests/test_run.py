@@ -23,6 +23,8 @@ from resattn_jax.report.tensorboard import EventFile
 from resattn_jax.run import Run
 from resattn_jax.state import Progress
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 # ---- A run that commit dd52f1e wrote: ra_tiny without most of its units, double-skip wiring, learning=nal, 10 steps.
 
 

@@ -7,12 +7,11 @@ import time
 
 import psutil
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SMALL
 
 from benchmarks import kills
 
-RUN = ["--config.model.p=0", "--config.model.t=1", "--config.model.last=0", "--config.batch_size=32"]
-RUN += ["--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
+RUN = [*SMALL, "--config.log_every=5 steps", "--config.eval.every=100000 steps", "--config.total_steps=100000"]
 
 
 def start(workdir, *flags, program=("main.py",)):
@@ -41,7 +40,7 @@ STAGES = [
 @pytest.mark.parametrize(("seconds", "number", "program"), STAGES)
 def test_before_the_first_step_it_is_one_line(seconds, number, program, tmp_path):
     """During imports, data, first weights, compiling: whatever is at work after so many seconds."""
-    process = start(tmp_path / "run", program=program)
+    process = start(tmp_path / "run", "--config.model.t=9", "--config.model.last=9", program=program)  # slow to trace
     time.sleep(seconds)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)

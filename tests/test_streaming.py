@@ -383,7 +383,8 @@ def test_pixels_given_to_the_device_do_not_change_when_their_memory_is_used_agai
 def test_two_hosts_read_parts_of_each_batch_that_have_nothing_in_common():
     """Two processes, a device each: together they make the batches, and measure every example once."""
     coordinator = f"localhost:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    here = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": here}
     hosts = [
         subprocess.Popen(
             [sys.executable, ROOT / "tests/streaming_host.py", coordinator, str(i)],

@@ -13,6 +13,8 @@ from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def test_a_run_leaves_what_the_contract_names(tiny_config, one_device, tmp_path):
     result = train_and_evaluate(tiny_config, tmp_path, one_device)

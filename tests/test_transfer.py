@@ -20,6 +20,8 @@ from resattn_jax.modes.import_ import import_torch
 from resattn_jax.modes.train import train_and_evaluate
 from resattn_jax.run import Run
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def variables():

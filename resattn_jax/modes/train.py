@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from resattn_jax import runtime
+from resattn_jax import profiler, runtime
 from resattn_jax.checkpoint import Writer
 from resattn_jax.cli import Command
 from resattn_jax.config import check
@@ -43,7 +43,9 @@ MOST_IN_A_ROW = 10  # steps that are not finite, one after the other, until a ru
 def run(command: Command) -> None:
     """Trains; the report is what it prints."""
     runtime.initialize(*command.cluster)
-    train_and_evaluate(command.config, command.run.path, began=command.began)
+    if command.profiler_port:
+        profiler.serve(command.profiler_port)
+    train_and_evaluate(command.config, command.run.path, began=command.began, profile=command.profile)
 
 
 def train_and_evaluate(
@@ -51,16 +53,18 @@ def train_and_evaluate(
     workdir: epath.PathLike,
     devices: list[jax.Device] | None = None,
     began: float | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of the run, going on from the newest checkpoint if there is one.
 
     The workdir then holds the files that `run` lists and TensorBoard's events. Returns what result.json holds: {"step",
     "train_images_per_second", "final": {"top1", "top5", "loss", "ece"}, "best": {…, "step"}}. devices: which to use;
     None: all of all hosts. began: `time.perf_counter()` at the start of the command, from where it tells the time until
-    the first step; None: now.
+    the first step; None: now. profile: (START, COUNT), so many steps after the first START are traced.
 
-    Raises UsageError for a fault of the config or the data, RunError when the loss is no longer finite, a device is out
-    of memory or another process was lost, and Interrupted on SIGTERM or SIGINT, after a checkpoint of the step reached.
+    Raises UsageError for a fault of the config, the data or `profile`, RunError when the loss is no longer finite, a
+    device is out of memory or another process was lost, and Interrupted on SIGTERM or SIGINT, after a checkpoint of the
+    step reached.
     """
     startup = Startup(time.perf_counter() if began is None else began)
     run = Run(workdir)
@@ -76,6 +80,7 @@ def train_and_evaluate(
     )
     evaluation = data.eval_stream(mesh, experiment.platform, batch_size=experiment.eval_batch_size)
     startup.done("data")
+    trace = profiler.Profile(run.path, profile, experiment.durations.total)
     keep = {"keep_newest": config.checkpoint.keep_newest, "keep_best": config.checkpoint.keep_best}
     with (
         run.writing(config, data.spec, first_host=jax.process_index() == 0) as notes,
@@ -84,10 +89,11 @@ def train_and_evaluate(
         Writer(run.checkpoints, **keep, say=report.say, before=run.settle_logs) as checkpoints,
         contextlib.closing(train),
         Watchdog(60 * config.watchdog_minutes) as watchdog,
+        trace,
     ):
         _introduce(report, experiment, config, run, data, notes)
         masks = MaskSheet(experiment, data)
-        training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog)
+        training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog, trace)
         training.restore()
         training.compile()
         with SIGNALS.held() as signals:
@@ -109,10 +115,12 @@ class Training:
         report: Report,
         startup: Startup,
         watchdog: Watchdog,
+        trace: profiler.Profile,
     ):
         self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
         self.masks = masks
         self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
+        self.trace = trace
         self.seed = put(np.array(config.seed, np.uint32), experiment.mesh, P())
         self.total, self.devices = experiment.durations.total, runtime.describe_devices(experiment.mesh)
         self.step = 0
@@ -173,10 +181,13 @@ class Training:
 
     def loop(self, signals: Signals) -> None:
         """Steps, log, evaluate, save, in this order, to the end. Raises Interrupted after a signal."""
+        self.trace.begin_run(self.step, self.experiment.platform.name, self.report.say)
         self.clock.start(self.step)
         while self.step < self.total:
             self.dispatch()
             due = {name for name, n in self.experiment.every.items() if self.step == self.total or self._divides(n)}
+            if self.trace.due(self.step):
+                due.add("trace")
             if self.step == self.experiment.sam_from < self.total:
                 due.add("sam")
             stopping = runtime.agreed(signals.received, due=bool(due))
@@ -202,19 +213,23 @@ class Training:
             if due or not self.warm:
                 jax.block_until_ready(self.state.step)
                 self.warm = True
+                self.trace.at(self.step)
                 self.clock.start(self.step)
 
     def dispatch(self) -> None:
         """Trains up to the next step at which something is due, or as many as one dispatch takes."""
         until_due = [n - self.step % n for n in self.experiment.every.values() if n]
+        until_due += self.trace.until_due(self.step)
         if self.step < self.experiment.sam_from:
             until_due.append(self.experiment.sam_from - self.step)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
         if self.step == 0:
             self.show(batches)
+        self.trace.at(self.step)
         span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
-        self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span, self.seed)
+        with self.trace.steps(self.step, count):
+            self.state, metrics = self.train_steps(self.state, self.train.arrays, batches, span, self.seed)
         if not self.warm:
             jax.block_until_ready(metrics)
             self.startup.done("first step" if count == 1 else f"first {count} steps")
