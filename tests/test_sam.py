@@ -66,8 +66,8 @@ def test_a_step_takes_the_gradient_where_each_device_or_micro_batch_came_up_its_
     with jax.enable_x64(True):
         images, labels = jnp.asarray(rng.standard_normal((16, 8, 8, 1))), jnp.asarray(rng.integers(0, 10, 16))
         model, optimizer = create_model("ra_micro", num_classes=10, dtype="float64"), optax.sgd(1.0)
-        state = create_state(model, optimizer, (8, 8, 1), seed=0, ema=False)
-        wide = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
+        state = jax.device_get(create_state(model, optimizer, (8, 8, 1), seed=0, ema=False))
+        wide = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
         state = state.replace(params=wide(state.params), batch_stats=wide(state.batch_stats))
         step = functools.partial(train_step, model, optimizer, plain_recipe(sam_rho=RHO, accumulate=accumulate), False)
         specs, mesh = (P(), P("data"), P("data")), make_mesh(jax.devices()[:devices])
