@@ -177,7 +177,8 @@ def test_nets_that_pytorchcv_has_not_are_refused_with_the_seven_there_are(state,
 
 
 def test_whose_names_a_net_has_is_told(state):
-    with pytest.raises(ValueError, match=r"^the public PyTorch code has no net 'ra128'; it has .*; pytorchcv has it$"):
+    told = r"^the public PyTorch code has no net 'ra128'; it has .*; pytorchcv has it; GluonCV has it$"
+    with pytest.raises(ValueError, match=told):
         to_torch(state, "ra128", "public")
-    with pytest.raises(ValueError, match=r"^names is 'timm'; it must be one of public, pytorchcv$"):
+    with pytest.raises(ValueError, match=r"^names is 'timm'; it must be one of public, pytorchcv, gluoncv$"):
         to_torch(state, NAME, "timm")
