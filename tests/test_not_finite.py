@@ -1,5 +1,6 @@
 """A step whose loss or gradient is not finite changes nothing; what it was made of is kept."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -15,7 +16,11 @@ from resattn_jax.data.order import batch_rows
 from resattn_jax.data.sources import open_source, read
 from resattn_jax.errors import RunError
 from resattn_jax.models.layers import BatchNorm
+from resattn_jax.models.nets import NETS, Spec
 from resattn_jax.modes.train import train_and_evaluate
+
+# What a run asks of its net beside: how the first weights are drawn, and that there is no mask to show.
+SPEC = dataclasses.replace(NETS["ra_tiny"], stages=())
 
 
 class NanNet(nn.Module):
@@ -25,6 +30,7 @@ class NanNet(nn.Module):
     poison: np.ndarray  # the image, as the net sees it, [H, W, C]
     where: str = "loss"
     dtype: type = jnp.float32
+    spec: Spec = SPEC
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -42,6 +48,7 @@ class NanForever(nn.Module):
 
     num_classes: int
     dtype: type = jnp.float32
+    spec: Spec = SPEC
 
     @nn.compact
     def __call__(self, images, *, train):
