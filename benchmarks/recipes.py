@@ -40,7 +40,7 @@ from typing import Any
 
 from benchmarks import records
 from benchmarks.recipe_list import Entry, read_list, rehearsed
-from resattn_jax.__main__ import use_large_pages
+from resattn_jax.__main__ import program
 from resattn_jax.cli import BEGAN
 from resattn_jax.errors import Interrupted, RunError, UsageError, reason
 from resattn_jax.signals import SIGNALS
@@ -245,19 +245,5 @@ def write_tables(entries: Sequence[Entry], folder: pathlib.Path) -> None:
     (folder / "table.md").write_text(records.markdown(records.HEAD, rows), encoding="utf-8")
 
 
-def program() -> int:
-    """Runs `main` as the whole of this process and returns the exit status; a fault is one line."""
-    try:
-        SIGNALS.catch()
-        use_large_pages()
-        return main(sys.argv[1:])
-    except UsageError as error:
-        message, status = f"error: {error}", 2
-    except Interrupted as stop:
-        message, status = str(stop), 128 + stop.signal
-    print(message, file=sys.stderr)
-    return status
-
-
 if __name__ == "__main__":
-    sys.exit(program())
+    sys.exit(program(lambda argv: main(argv[1:])))

@@ -4,23 +4,20 @@
     python -m benchmarks.startup --config=cifar10_ra92 --rounds=3 --beside=../before    # taking turns with a checkout
 
 Starts the training of a recipe and kills it when its first step is done. Prints a line of JSON for each start: the
-seconds until then in all and by their parts, as the run tells them, and the processor's seconds.
+seconds until then in all and by their parts, as the run tells them, and the processor's seconds. `python -m benchmarks
+startup_cpu` keeps them, with hardware, versions and date.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,19 +53,6 @@ def until_first_step(output: Any) -> dict[str, Any] | None:
     return None
 
 
-def machine() -> Mapping[str, Any]:
-    """What the figures were measured on, and when."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", help="recipes; by default cifar10_ra92 and digits")
@@ -76,7 +60,6 @@ def main() -> None:
     parser.add_argument(
         "--beside", action="append", default=[], help="another checkout, which takes turns with this one"
     )
-    parser.add_argument("--json", help="append the figures to this file, an object a line")
     args = parser.parse_args()
     trees = [ROOT, *(pathlib.Path(tree).resolve() for tree in args.beside)]
     for _ in range(args.rounds):
@@ -85,11 +68,7 @@ def main() -> None:
                 for cache in ("empty", "full"):
                     for i, tree in enumerate(trees):
                         told = start(tree, config, f"{caches}/{i}")
-                        line = json.dumps({"config": config, "cache": cache, "tree": tree.name, **told, **machine()})
-                        print(line, flush=True)
-                        if args.json:
-                            with open(args.json, "a", encoding="utf-8") as file:
-                                file.write(line + "\n")
+                        print(json.dumps({"config": config, "cache": cache, "tree": tree.name, **told}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import keyword
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from resattn_jax.errors import Interrupted, RunError, UsageError, reason
 from resattn_jax.signals import SIGNALS
@@ -26,8 +27,11 @@ def main(argv: list[str]) -> None:
     importlib.import_module(f"resattn_jax.modes.{name}").run(command)  # what a mode needs takes seconds to import
 
 
-def program() -> int:
-    """Runs `main` as the whole of this process and returns the exit status; a fault is one line."""
+def program(run: Callable[[list[str]], int | None] = main) -> int:
+    """Runs `main`, or another function of the command line, as the whole of this process; a fault is one line.
+
+    Returns the exit status: what the function returns, None for 0, and that of the fault otherwise.
+    """
     sys.modules["__main__"].__doc__ = __doc__  # what --help begins with
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -36,9 +40,9 @@ def program() -> int:
         SIGNALS.catch()
         use_large_pages()
         gc.set_threshold(200_000, 50, 1000)  # tracing a net makes millions of small objects, of which few are garbage
-        main(sys.argv)
+        status = run(sys.argv) or 0
         sys.stdout.flush()
-        return 0
+        return status
     except UsageError as error:
         message, status = f"error: {error}", 2
     except RunError as error:

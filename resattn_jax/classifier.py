@@ -20,6 +20,7 @@ import PIL.ImageOps
 from etils import epath
 
 from resattn_jax import runtime
+from resattn_jax.config import for_measuring
 from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
 from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation, open_eval
 from resattn_jax.data.spec import DataSpec
@@ -76,12 +77,9 @@ class Classifier:
         name: str = "",
     ):
         mesh = runtime.make_mesh(jax.local_devices()[:1])
-        one = config.copy_and_resolve_references()
-        # These are of training, on other devices.
-        one.update(batch_size=2, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
         self.config, self._name = config, name or f"a {config.model.name}"
         self._programs: dict[tuple[str, ...], Any] = {}
-        self._experiment: Experiment = build(one, for_evaluation(config, spec), mesh)
+        self._experiment: Experiment = build(for_measuring(config, 1), for_evaluation(config, spec), mesh)
         self.variables = jax.device_put(variables, jax.local_devices()[0])
 
     def __str__(self) -> str:

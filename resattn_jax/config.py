@@ -144,6 +144,13 @@ def why_streamed(c: ml_collections.ConfigDict) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def for_measuring(config: ml_collections.ConfigDict, devices: int) -> ml_collections.ConfigDict:
+    """A copy for so many devices that train nothing: what it says of a training batch was of others."""
+    copy = config.copy_and_resolve_references()
+    copy.update(batch_size=2 * devices, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
+    return copy
+
+
 # ---- Durations.
 
 

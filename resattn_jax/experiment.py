@@ -76,9 +76,9 @@ class Experiment:
         return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho))
 
     def _make_train_steps(self, recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        mirrored = self.spec.resident and recipe.augment.alternating_flip
-        take, steps = resident.take_mirrored if mirrored else self._pipeline.take, self.steps_per_dispatch
-        return make_train_steps(self.model, self.optimizer, recipe, self.mesh, self.platform, take, steps)
+        take = resident.train_take(recipe.augment.alternating_flip) if self.spec.resident else streaming.take
+        parts = self.model, self.optimizer, recipe, self.mesh, self.platform
+        return make_train_steps(*parts, take, self.steps_per_dispatch)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""

@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 import zlib
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 from resattn_jax.data import pictures, sources
-from resattn_jax.data.sources import Examples, Source, read
+from resattn_jax.data.sources import Examples, Source, identity_of, read
 from resattn_jax.errors import reason
 
 log = logging.getLogger("resattn_jax")
@@ -33,11 +33,11 @@ _LEFT_BEHIND = 3600.0  # seconds after which a half-written file is nobody's any
 def read_kept(source: Source, folder: pathlib.Path | None, *, skip_broken: bool = False) -> Examples:
     """What `read` gives, from the folder if it was kept there; else it is decoded, and kept for the next start.
 
-    Only a source with an `identity` is kept: [a name, what its records are], the second changing whenever a record may.
+    Only a source of which `identity_of` knows something is kept.
     A file that is damaged, another user's or of other records is as none. Where the folder cannot be written, a line is
     logged. folder: None to keep nothing. Raises UsageError as `read` does.
     """
-    identity = getattr(source, "identity", lambda: None)()
+    identity = identity_of(source)
     if folder is None or identity is None:
         return read(source, skip_broken=skip_broken)
     name, records = identity
@@ -107,7 +107,7 @@ def _save(path: pathlib.Path, key: str, examples: Examples) -> None:
             raise
 
 
-def _write(file: BinaryIO | Any, head: bytes, arrays: list[np.ndarray]) -> None:
+def _write(file: IO[bytes], head: bytes, arrays: list[np.ndarray]) -> None:
     file.write(head)
     for array in arrays:
         file.write(_bytes(array))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from resattn_jax.data.sources import Source
+from resattn_jax.data.sources import Source, identity_of
 from resattn_jax.errors import UsageError
 
 
@@ -37,8 +37,8 @@ class NoisySource:
         return self._source.fingerprint(rows)
 
     def identity(self) -> tuple[str, str] | None:
-        """For `kept`: that of the source, and what is wrong of it."""
-        inner = getattr(self._source, "identity", lambda: None)()
+        """That of the source, and what is wrong of it."""
+        inner = identity_of(self._source)
         return inner and (inner[0], f"{inner[1]}\0{self._noise}")
 
     def name(self, row: int) -> str:

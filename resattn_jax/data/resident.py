@@ -6,7 +6,7 @@ compiled program. The batch of step k is a function of (seed, k) alone, so resum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ def take_mirrored(arrays: Arrays, rows: jax.Array) -> tuple[jax.Array, jax.Array
     mirror = rows < 0
     images, labels = take(arrays, jnp.where(mirror, ~rows, rows))
     return jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images), labels
+
+
+def train_take(alternating: bool) -> Callable[[Arrays, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The `take` of a training stream. alternating: with alternating flip."""
+    return take_mirrored if alternating else take
 
 
 def train_shapes(
@@ -59,7 +64,7 @@ class ResidentTrain:
         alternating: bool = False,
     ):
         self.examples, self.skipped = len(examples.labels), len(examples.broken)
-        self.take = take_mirrored if alternating else take
+        self.take = train_take(alternating)
         self.arrays, self._alternating = _put_examples(examples, mesh), alternating
         self._seed, self._mesh, self._shape = seed, mesh, (steps_per_dispatch, batch_size)
 

@@ -10,6 +10,7 @@ import ml_collections
 from resattn_jax import runtime
 from resattn_jax.classifier import Classifier, open_net
 from resattn_jax.cli import Command
+from resattn_jax.config import for_measuring
 from resattn_jax.data.pipelines import for_evaluation, open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.errors import RunError, UsageError, printable
@@ -61,9 +62,7 @@ def measure(net: Classifier, devices: list[jax.Device] | None = None) -> Measure
     Raises UsageError when the data cannot be opened, and RunError when a device is out of memory.
     """
     mesh = runtime.make_mesh(devices)
-    config = net.config.copy_and_resolve_references()
-    # These are of training, on other devices.
-    config.update(batch_size=2 * mesh.size, accumulate=1, sync_batch_norm=False, batch_norm_span=None)
+    config = for_measuring(net.config, mesh.size)
     experiment = build(config, for_evaluation(config, net.spec), mesh)
     size = experiment.eval_batch_size
     stream = open_eval(config, experiment.spec, mesh, experiment.platform, batch_size=size)

@@ -168,10 +168,10 @@ class Training:
 
     def compile_step(self) -> bool:
         """Compiles the program of the steps from here on. Returns whether the cache had it."""
-        experiment, which = self.experiment, "train step"
-        steps = experiment.train_steps if self.step < experiment.sam_from else experiment.sam_steps
+        experiment = self.experiment
+        steps, which = experiment.train_steps, "train step"
         if self.step >= experiment.sam_from:
-            which = f"train step with SAM, which begins after step {experiment.sam_from}"
+            steps, which = experiment.sam_steps, f"{which} with SAM, which begins after step {experiment.sam_from}"
         self.report.say(f"compiling the {which} …")
         compiled = runtime.compile_timed(steps, *experiment.train_shapes())
         self.train_steps = compiled.program

@@ -28,6 +28,16 @@ class Names(NamedTuple):
     layers: Callable[[str, int, int], Iterator[Entry]]
 
 
+# Our nets of the ImageNet depths that pytorchcv and GluonCV have.
+_IMAGENET = {
+    "ra56_double_skip": 56,
+    "ra92_double_skip": 92,
+    "ra128": 128,
+    "ra164": 164,
+    "ra200": 200,
+    "ra236": 236,
+    "ra452": 452,
+}
 _TORCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 # A file may have what several are known by; then it is of the last of them.
@@ -50,15 +60,7 @@ NAMES = {
     ),
     "pytorchcv": Names(
         "pytorchcv",
-        {
-            "ra56_double_skip": "resattnet56",
-            "ra92_double_skip": "resattnet92",
-            "ra128": "resattnet128",
-            "ra164": "resattnet164",
-            "ra200": "resattnet200",
-            "ra236": "resattnet236",
-            "ra452": "resattnet452",
-        },
+        {name: f"resattnet{depth}" for name, depth in _IMAGENET.items()},
         stem="features.init_block.conv.conv",
         head="output",
         known_by=("features.init_block.conv.conv.weight", "output.weight"),
@@ -68,14 +70,8 @@ NAMES = {
     ),
     "gluoncv": Names(
         "GluonCV",
-        {
-            "ra56_double_skip": "residualattentionnet56",
-            "ra92_double_skip": "residualattentionnet92",
-            "ra128": "residualattentionnet128",
-            "ra164": "residualattentionnet164",
-            "ra200": "residualattentionnet200",
-            "ra236": "residualattentionnet236",
-            "ra452": "residualattentionnet452",
+        {name: f"residualattentionnet{depth}" for name, depth in _IMAGENET.items()}
+        | {
             "ra56_cifar": "cifar_residualattentionnet56",
             "ra92_cifar": "cifar_residualattentionnet92",
         },

@@ -88,6 +88,15 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     return _module(name).open_split(name, split, data_dir)
 
 
+def identity_of(source: Source) -> tuple[str, str] | None:
+    """(a name of the split, what its records are), by which decoded images are kept; the latter changes with a record.
+
+    None for a source without the method `identity`, and for one whose records can change unnoticed.
+    """
+    found: tuple[str, str] | None = getattr(source, "identity", lambda: None)()
+    return found
+
+
 def read(source: Source, *, skip_broken: bool = False) -> Examples:
     """Decodes a source into memory. All its pictures have one size: image_shape is not None.
 
