@@ -227,7 +227,7 @@ def _fusion_bytes(program: Program, computation: Computation, fusion: Instructio
         part = min(whole, _bytes_read(program, fused, parameters[i])) if whole else 0
         read[name] = max(part, read.get(name, 0))
     results = arrays(fusion.type)
-    limits = _bytes_written(program, fused, len(results))
+    limits = _bytes_written(program, fused)
     return sum(read.values()) + sum(
         _in_hbm([result], at_most=limit) for result, limit in zip(results, limits, strict=True)
     )
@@ -262,7 +262,7 @@ def _bytes_read(program: Program, fused: Computation, value: Instruction) -> int
     return total
 
 
-def _bytes_written(program: Program, fused: Computation, results: int) -> list[int]:
+def _bytes_written(program: Program, fused: Computation) -> list[int]:
     """An upper bound of the bytes that a fusion writes of each result: the update's size if it updates in place."""
 
     def limit(computation: Computation, instruction: Instruction) -> int:
@@ -275,10 +275,13 @@ def _bytes_written(program: Program, fused: Computation, results: int) -> list[i
             return arrays(computation[instruction.operands[1]].type)[0].bytes
         return _ALL
 
-    root = _root(fused)
-    if root.opcode == "tuple":
-        return [limit(fused, fused[name]) for name in root.operands]
-    return [limit(fused, root)] if results == 1 else [_ALL] * results
+    root, limits = _root(fused), []
+    for name in root.operands if root.opcode == "tuple" else [root.name]:
+        parts = len(
+            arrays(fused[name].type)
+        )  # many where it is a tuple within the tuple, as of a reduction of two maps
+        limits += [limit(fused, fused[name])] if parts == 1 else [_ALL] * parts
+    return limits
 
 
 # ---- Summaries.

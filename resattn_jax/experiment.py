@@ -25,7 +25,7 @@ from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
 from resattn_jax.models import create_model
 from resattn_jax.models.nets import smallest_side
-from resattn_jax.optimizer import make_optimizer, make_schedule
+from resattn_jax.optimizer import changes_value_by_value, make_optimizer, make_schedule
 from resattn_jax.runtime import Platform, device_faults, platform_of
 from resattn_jax.state import TrainState, random_key
 from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
@@ -35,7 +35,10 @@ EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Experiment:
-    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global."""
+    """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global.
+
+    pack: as `make_train_steps` takes it.
+    """
 
     spec: DataSpec
     mesh: Mesh
@@ -49,6 +52,7 @@ class Experiment:
     batch_size: int
     eval_batch_size: int
     steps_per_dispatch: int
+    pack: bool
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
@@ -64,7 +68,8 @@ class Experiment:
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
         take, steps = self._pipeline.take, self.steps_per_dispatch
-        return make_train_steps(self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps)
+        parts = self.model, self.optimizer, self.recipe, self.mesh, self.platform, take, steps
+        return make_train_steps(*parts, pack=self.pack)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct]:
         """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span)."""
@@ -174,6 +179,7 @@ def build(
         batch_size=config.batch_size,
         eval_batch_size=-(-config.eval.batch_size // mesh.size) * mesh.size,
         steps_per_dispatch=(config.steps_per_dispatch or platform.steps_per_dispatch) if spec.resident else 1,
+        pack=platform.packs and changes_value_by_value(config),
     )
 
 

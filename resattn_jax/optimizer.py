@@ -56,6 +56,11 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
     return optax.chain(*chain, optax.sgd(schedule, momentum=o.momentum or None, nesterov=o.nesterov))
 
 
+def changes_value_by_value(config: ml_collections.ConfigDict) -> bool:
+    """Whether the optimizer gives the same numbers for arrays that are joined; lars has a norm for each of them."""
+    return config.optimizer.name == "sgd"
+
+
 def _kernels(params: Any) -> Any:
     """True for parameters of more than one axis."""
     return jax.tree.map(lambda p: p.ndim > 1, params)

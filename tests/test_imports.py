@@ -58,7 +58,7 @@ LAYERS = [
     ["classifier", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
     ["experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
-    ["augment", "state", "metrics", "run", "cli", "checksums", "export"],
+    ["augment", "packed", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
     ["models", "models.*", "config", "rules", "runtime", "convert", "torch_files", "buckets", "watchdog"],
     ["signals", "errors"],
