@@ -15,6 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.total_epochs = placeholder(float)  # exactly one of these two is set
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
+    c.all_reduce_dtype = "float32"  # what devices send gradients to each other in: float32 | bfloat16, half the bytes
     c.init_from = placeholder(str)  # a workdir to take the first weights from, or WORKDIR:best, or WORKDIR:STEP
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"

@@ -165,6 +165,7 @@ def build(
         accumulate=config.accumulate,
         mirror=config.eval.views > 1,
         skip_not_finite=config.on_nan == "skip",
+        all_reduce_dtype=config.all_reduce_dtype,
     )
     return Experiment(
         spec=spec,

@@ -236,6 +236,7 @@ RULES: dict[str, Rule] = {
     "total_epochs": optional(real(0, MOST_EPOCHS, above=True, **_FREE)),
     "total_steps": optional(whole(1, MOST_STEPS, **_FREE)),
     "sync_batch_norm": flag(absent=False),
+    "all_reduce_dtype": choice(("float32", "bfloat16"), absent="float32", **_FREE),
     "init_from": optional(text("write a workdir, WORKDIR:best or WORKDIR:STEP", "[^:].*")),
     "steps_per_dispatch": optional(whole(1, 10_000, **_FREE)),
     "log_every": optional(duration(**_FREE)),
