@@ -251,6 +251,9 @@ def _bytes_read(program: Program, fused: Computation, value: Instruction) -> int
             pass  # in place: the rest stays where it is
         elif user.opcode == "bitcast":
             total += _bytes_read(program, fused, user)
+        elif user.opcode == "convert":
+            (before,), (after,) = arrays(value.type), arrays(user.type)
+            total += _bytes_read(program, fused, user) * before.bytes // after.bytes
         elif user.opcode == "fusion":
             inner = program[user.called("calls")]
             parameters = _parameters(inner)
