@@ -2,7 +2,8 @@
 
 An instruction moves what it reads from and writes to HBM, with arrays padded to tiles as they lie in memory; the
 memory on the chip is free. An operand counts once per instruction, although a convolution may read it again. A slice
-or a gather counts only the part that it takes.
+or a gather counts only the part that it takes. On a GPU an instruction is a kernel, calls of cuDNN and cuBLAS included,
+which XLA's `cost_analysis` leaves out; its caches are not known to the program, and nothing is free.
 """
 
 import dataclasses
@@ -33,6 +34,12 @@ class Instruction:
         """The place in the Python program it comes from, such as 'jit(steps)/…/stage1_unit1/conv1/dot_general'."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
+
+    @property
+    def cycles(self) -> int:
+        """The cycles that XLA's compiler for TPUs expects it to take; 0 where it says none."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +132,21 @@ def _parameters(computation: Computation) -> dict[int, Instruction]:
 
 
 def hbm_traffic(text: str) -> list[tuple[int, Instruction]]:
-    """(bytes moved through HBM, instruction) for each instruction that one step executes.
+    """(bytes moved through HBM, instruction) for each time that one step executes an instruction that moves any.
 
     A step is the body of the entry computation's loop over the steps of a dispatch, or the whole entry computation if
     there is no such loop. The loop is known by its length, which is an argument. Loops inside a step have constant
-    lengths, and are multiplied out.
+    lengths, and each turn counts.
     """
     program, entry = parse_hlo(text)
     loops = [i for i in program[entry].values() if i.opcode == "while" and not _trips(program, i)]
     bodies = [loop.called("body") for loop in loops] or [entry]
     return max((list(_traffic(program, body)) for body in bodies), key=total_bytes)
+
+
+def all_traffic(text: str) -> list[tuple[int, Instruction]]:
+    """As `hbm_traffic`, with the memory on a TPU's chip counted as HBM is."""
+    return hbm_traffic(text.replace("S(1)", ""))
 
 
 def total_bytes(traffic: Iterable[tuple[int, Instruction]]) -> int:
@@ -149,8 +161,7 @@ def _traffic(program: Program, name: str) -> Iterator[tuple[int, Instruction]]:
         opcode = instruction.opcode
         if opcode == "while":
             for part in instruction.called("condition"), instruction.called("body"):
-                for size, inner in _traffic(program, part):
-                    yield size * (_trips(program, instruction) or 1), inner
+                yield from list(_traffic(program, part)) * (_trips(program, instruction) or 1)
         elif opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = re.findall(r"[\w.-]+", branches[1]) if branches else []
@@ -163,7 +174,9 @@ def _traffic(program: Program, name: str) -> Iterator[tuple[int, Instruction]]:
 
 
 def _trips(program: Program, loop: Instruction) -> int | None:
-    """The number of turns of a loop that counts up from 0 to a constant; None for any other loop."""
+    """The number of turns of a loop that XLA knows, or that counts up from 0 to a constant; None for any other loop."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
     condition = program[loop.called("condition")]
     root = _root(condition)
     if root.opcode == "compare" and "direction=LT" in root.attributes:
@@ -189,6 +202,8 @@ def _instruction_bytes(program: Program, computation: Computation, instruction: 
         return 0
     if opcode == "fusion":
         return _fusion_bytes(program, computation, instruction)
+    if opcode == "custom-call" and 'custom_call_target="__cu' in instruction.attributes:
+        results = results[:1]  # behind the result of cuDNN or cuBLAS comes the memory that they may use between
     operands = [arrays(computation[name].type) for name in dict.fromkeys(instruction.operands)]
     reads = [_in_hbm(operand) for operand in operands]
     if opcode == "copy-start":  # its type: (destination, source, context)
@@ -212,7 +227,7 @@ def _fusion_bytes(program: Program, computation: Computation, fusion: Instructio
         part = min(whole, _bytes_read(program, fused, parameters[i])) if whole else 0
         read[name] = max(part, read.get(name, 0))
     results = arrays(fusion.type)
-    limits = _bytes_written(program, fused, len(results))
+    limits = _bytes_written(program, fused)
     return sum(read.values()) + sum(
         _in_hbm([result], at_most=limit) for result, limit in zip(results, limits, strict=True)
     )
@@ -236,6 +251,9 @@ def _bytes_read(program: Program, fused: Computation, value: Instruction) -> int
             pass  # in place: the rest stays where it is
         elif user.opcode == "bitcast":
             total += _bytes_read(program, fused, user)
+        elif user.opcode == "convert":
+            (before,), (after,) = arrays(value.type), arrays(user.type)
+            total += _bytes_read(program, fused, user) * before.bytes // after.bytes
         elif user.opcode == "fusion":
             inner = program[user.called("calls")]
             parameters = _parameters(inner)
@@ -247,7 +265,7 @@ def _bytes_read(program: Program, fused: Computation, value: Instruction) -> int
     return total
 
 
-def _bytes_written(program: Program, fused: Computation, results: int) -> list[int]:
+def _bytes_written(program: Program, fused: Computation) -> list[int]:
     """An upper bound of the bytes that a fusion writes of each result: the update's size if it updates in place."""
 
     def limit(computation: Computation, instruction: Instruction) -> int:
@@ -260,10 +278,13 @@ def _bytes_written(program: Program, fused: Computation, results: int) -> list[i
             return arrays(computation[instruction.operands[1]].type)[0].bytes
         return _ALL
 
-    root = _root(fused)
-    if root.opcode == "tuple":
-        return [limit(fused, fused[name]) for name in root.operands]
-    return [limit(fused, root)] if results == 1 else [_ALL] * results
+    root, limits = _root(fused), []
+    for name in root.operands if root.opcode == "tuple" else [root.name]:
+        parts = len(
+            arrays(fused[name].type)
+        )  # many where it is a tuple within the tuple, as of a reduction of two maps
+        limits += [limit(fused, fused[name])] if parts == 1 else [_ALL] * parts
+    return limits
 
 
 # ---- Summaries.

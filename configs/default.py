@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.total_steps = placeholder(int)
     c.sync_batch_norm = False  # batch statistics over all devices; else each device's own, as published runs had
     c.batch_norm_span = placeholder(int)  # images with statistics in common: a part of a device's, or several's
+    c.all_reduce_dtype = "float32"  # what devices send gradients to each other in: float32 | bfloat16, half the bytes
     c.init_from = placeholder(str)  # first weights: WORKDIR (or :best, :STEP), an exported folder, a net on board
     c.steps_per_dispatch = placeholder(int)  # None: 1 on the CPU, 50 elsewhere
     c.log_every = "100 steps"

@@ -27,15 +27,20 @@ def random_crop(keys: jax.Array, images: jax.Array, padding: int, mode: str = "z
     """Pads `padding` pixels on each side and crops the old size at random. [B, H, W, C], one key an image.
 
     mode: "zeros", or "reflect": the image goes on mirrored, the outermost pixel not repeated, as NumPy's reflect does.
+    Rows and columns are picked by products with zeros and ones, exact in this precision: slices of as many places as
+    there are images would be a loop over them on a TPU, 3 % of a step.
     """
     widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, widths, "reflect") if mode == "reflect" else jnp.pad(images, widths)
+    starts = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(keys)
 
-    def crop(key: jax.Array, image: jax.Array) -> jax.Array:
-        y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)
-        return jax.lax.dynamic_slice(image, (y, x, 0), images.shape[1:])
+    def picked(starts: jax.Array, size: int) -> jax.Array:
+        """[B, size, size + 2 * padding]: in row i a one at start + i."""
+        rows = starts[:, None] + jnp.arange(size)[None]
+        return jax.nn.one_hot(rows, size + 2 * padding, dtype=images.dtype)
 
-    return jax.vmap(crop)(keys, padded)
+    rows, columns = (picked(starts[:, axis], size) for axis, size in enumerate(images.shape[1:3]))
+    return jnp.einsum("bhH,bHWc,bwW->bhwc", rows, padded, columns, precision="highest")
 
 
 def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from resattn_jax.models import create_model
 from resattn_jax.models.first_weights import first_variables
 from resattn_jax.models.nets import smallest_side
 from resattn_jax.models.network import ResidualAttentionNetwork
-from resattn_jax.optimizer import make_optimizer, make_schedule
+from resattn_jax.optimizer import changes_value_by_value, make_optimizer, make_schedule
 from resattn_jax.runtime import Platform, device_faults, platform_of
 from resattn_jax.state import TrainState
 from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
@@ -39,6 +39,7 @@ class Experiment:
     """A config's parts. every: {"log", "eval", "save"} in steps, 0 for the end alone; batch sizes are global.
 
     sam_from: the number of steps after which the rest are `sam_steps`; without SAM the length of the run.
+    pack: whether `train_steps` are packed, as `make_train_steps` takes it.
     """
 
     spec: DataSpec
@@ -55,6 +56,7 @@ class Experiment:
     steps_per_dispatch: int
     sam_rho: float
     sam_from: int
+    pack: bool
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without its values."""
@@ -68,17 +70,17 @@ class Experiment:
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         """What `make_train_steps` gives, jitted."""
-        return self._make_train_steps(self.recipe)
+        return self._make_train_steps(self.recipe, self.pack)
 
     @functools.cached_property
     def sam_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        """The same with SAM, of the same arguments."""
-        return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho))
+        """The same with SAM, of the same arguments. Not packed: in bfloat16 kernels so small a way is no way at all."""
+        return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho), pack=False)
 
-    def _make_train_steps(self, recipe: Recipe) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def _make_train_steps(self, recipe: Recipe, pack: bool) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         take = resident.train_take(recipe.augment.alternating_flip) if self.spec.resident else streaming.take
         parts = self.model, self.optimizer, recipe, self.mesh, self.platform
-        return make_train_steps(*parts, take, self.steps_per_dispatch)
+        return make_train_steps(*parts, take, self.steps_per_dispatch, pack=pack)
 
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""
@@ -208,6 +210,7 @@ def build(
         accumulate=config.accumulate,
         mirror=config.eval.views > 1,
         skip_not_finite=config.on_nan == "skip",
+        all_reduce_dtype=config.all_reduce_dtype,
     )
     return Experiment(
         spec=spec,
@@ -224,6 +227,7 @@ def build(
         steps_per_dispatch=(config.steps_per_dispatch or platform.steps_per_dispatch) if spec.resident else 1,
         sam_rho=config.sam.rho,
         sam_from=max(durations.total - durations("sam.last"), 0) if config.sam.rho else durations.total,
+        pack=platform.packs and changes_value_by_value(config),
     )
 
 

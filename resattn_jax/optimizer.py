@@ -69,6 +69,11 @@ def _decayed(params: Any, *, scales: bool, biases: bool) -> Any:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
+def changes_value_by_value(config: ml_collections.ConfigDict) -> bool:
+    """Whether the optimizer gives the same numbers for arrays that are joined; lars has a norm for each of them."""
+    return config.optimizer.name == "sgd"
+
+
 def _kernels(params: Any) -> Any:
     """True for parameters of more than one axis."""
     return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -237,6 +237,7 @@ RULES: dict[str, Rule] = {
     "total_steps": optional(whole(1, MOST_STEPS, **_FREE)),
     "sync_batch_norm": flag(absent=False),
     "batch_norm_span": optional(whole(1, _COUNT)),
+    "all_reduce_dtype": choice(("float32", "bfloat16"), absent="float32", **_FREE),
     "init_from": optional(text("write a workdir, WORKDIR:best, WORKDIR:STEP or a net on board", "[^:].*")),
     "steps_per_dispatch": optional(whole(1, 10_000, **_FREE)),
     "log_every": optional(duration(**_FREE)),

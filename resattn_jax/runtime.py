@@ -125,7 +125,8 @@ class Platform:
 
     compute_dtype: what config.model.dtype=auto means. steps_per_dispatch: of a resident set, by default.
     loops: whether the body of a loop is as fast as the same outside of one.
-    pointwise, pooling, upsampling: which of the programs that give the same numbers a layer is (models/layers.py).
+    pointwise, pooling, upsampling, sums: which of the programs for the same numbers a layer is (models/layers.py).
+    packs: whether a dispatch of many steps keeps the state as a few long arrays (packed.py).
     compiler_options: what `jax.jit` tells XLA about the programs of a step.
     shares_host_memory: whether an array on a device may be the very memory that was put there.
     """
@@ -137,13 +138,15 @@ class Platform:
     pointwise: str
     pooling: str
     upsampling: str
+    sums: str = "apart"
+    packs: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
     shares_host_memory: bool = False
 
     @property
     def layers(self) -> dict[str, Any]:
         """The keyword arguments of `create_model` that say which programs the layers are."""
-        return {"pointwise": self.pointwise, "pooling": self.pooling, "upsampling": self.upsampling}
+        return {name: getattr(self, name) for name in ("pointwise", "pooling", "upsampling", "sums")}
 
     def dtype(self, name: str) -> jnp.dtype:
         """What config.model.dtype means here."""
@@ -170,7 +173,9 @@ GPU = Platform(
     loops=True,
     pointwise="convolution",
     pooling="slices",
-    upsampling="products",
+    upsampling="gathers",
+    sums="together",
+    packs=True,
 )
 TPU = Platform(
     name="tpu",

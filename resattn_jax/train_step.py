@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax.augment import augment, mix, normalize, recolor
 from resattn_jax.metrics import Sums, sums
+from resattn_jax.packed import PackedState
 from resattn_jax.runtime import Platform, compiler_options
 from resattn_jax.state import TrainState, random_key
 
@@ -36,7 +37,8 @@ class Recipe:
     augment: the section config.augment as it is. mixup_until: the first step without mixup. accumulate: the number of
     micro-batches that a device's batch is split into, and which divides it. sam_rho: how far from the weights the
     gradient is taken, 0: at them. mirror: an evaluation sees every image in the mirror too. skip_not_finite: a step
-    whose loss or gradient is not finite counts as done; otherwise no step is done after it.
+    whose loss or gradient is not finite counts as done; otherwise no step is done after it. all_reduce_dtype: what
+    devices send gradients in.
     """
 
     seed: int | jax.Array
@@ -50,6 +52,7 @@ class Recipe:
     sam_rho: float = 0.0
     mirror: bool = False
     skip_not_finite: bool = False
+    all_reduce_dtype: str = "float32"
 
 
 def network_inputs(
@@ -82,30 +85,35 @@ def train_step(
     state: TrainState,
     images: jax.Array,
     labels: jax.Array,
+    packed: PackedState | None = None,
+    kernels: Sequence[jax.Array] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of SGD on this device's shard: images uint8 [B, H, W, C], labels int32 [B]. Runs inside shard_map.
 
     With recipe.accumulate the net sees the shard in micro-batches, one after the other, and a micro-batch is to it what
     a device is: it has batch statistics of its own, and gradients and new running statistics are the average over all.
     The batch itself, its augmentation and its mixup pairs are the same with any number of them. loops: whether the
-    micro-batches may be a loop, which needs less memory.
+    micro-batches may be a loop, which needs less memory. packed, kernels: how a packed state lies, and its kernels.
     With recipe.sam_rho a device, or a micro-batch, goes up its own gradient, without a word to others (m-sharpness),
     and the average is of the gradients found there. Loss, top-1 and running statistics are those of the weights.
     Returns the new state, the same on all devices, and the global batch's loss (nats), top1 and gradient norm.
     """
     images, targets = network_inputs(recipe, state.step, images, labels, model.num_classes)
+    variables = packed.variables(state, kernels) if packed else state.variables
 
     def loss_fn(params: Any, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        inputs = {"params": params, "batch_stats": variables["batch_stats"]}
+        logits, new = model.apply(inputs, images, train=True, mutable=["batch_stats"])
         top1 = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(targets, -1), dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], top1)
 
     def micro_batch(sums: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-        (loss, (batch_stats, top1)), grads = gradient(state.params, *batch)
+        params = variables["params"]
+        (loss, (batch_stats, top1)), grads = gradient(params, *batch)
         if recipe.sam_rho:
-            grads = gradient(ascend(state.params, grads, recipe.sam_rho), *batch)[1]
-        return jax.tree.map(jnp.add, sums, (grads, batch_stats)), (loss, top1)
+            grads = gradient(ascend(params, grads, recipe.sam_rho), *batch)[1]
+        new = packed.pack_variables(grads, batch_stats).values() if packed else (grads, batch_stats)
+        return jax.tree.map(jnp.add, sums, tuple(new)), (loss, top1)
 
     gradient, n = jax.value_and_grad(loss_fn, has_aux=True), recipe.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
@@ -118,8 +126,9 @@ def train_step(
         metrics = jax.tree.map(lambda *parts: jnp.stack(parts), *values)
     else:
         sums, metrics = jax.lax.scan(micro_batch, zeros, micro_batches)
-    means = jax.tree.map(lambda x: x / n, sums), jax.tree.map(jnp.mean, metrics)
-    (grads, batch_stats), (loss, top1) = jax.lax.pmean(means, "data")
+    grads, batch_stats = jax.tree.map(lambda x: x / n, sums)
+    rest = batch_stats, jax.tree.map(jnp.mean, metrics)
+    grads, (batch_stats, (loss, top1)) = mean_over_devices(grads, rest, recipe.all_reduce_dtype)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -134,6 +143,16 @@ def train_step(
     return state, {"loss": loss, "top1": top1, "gradient_norm": optax.tree.norm(grads)}
 
 
+def mean_over_devices(gradients: Any, rest: Any, dtype: str) -> tuple[Any, Any]:
+    """The means of two trees over the devices, in the dtypes they have. dtype: what gradients are sent in.
+
+    Runs inside shard_map. bfloat16 rounds each device's gradient, and their mean, by up to 2^-9 of it.
+    """
+    sent = jax.tree.map(lambda g: g.astype(dtype), gradients) if dtype != "float32" else gradients
+    means, rest = jax.lax.pmean((sent, rest), "data")
+    return jax.tree.map(lambda mean, g: mean.astype(g.dtype), means, gradients), rest
+
+
 def make_train_steps(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -142,6 +161,8 @@ def make_train_steps(
     platform: Platform,
     take: Take,
     steps_per_dispatch: int,
+    *,
+    pack: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Compiles up to `steps_per_dispatch` steps into one program: (state, arrays, batches, span, seed) -> state,
     metrics.
@@ -154,6 +175,7 @@ def make_train_steps(
 
     A step whose loss or gradient is not finite changes neither weights nor statistics. Unless recipe.skip_not_finite
     it does not count as done, and no step after it changes anything.
+    pack: during a dispatch of many steps the arrays of the state are a few long ones (packed.py).
     """
 
     def steps(
@@ -161,20 +183,26 @@ def make_train_steps(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         seeded = dataclasses.replace(recipe, seed=seed)
         one_step = functools.partial(train_step, model, optimizer, seeded, platform.loops)
+        packed = PackedState.of(state, model.dtype) if pack and steps_per_dispatch > 1 else None
 
-        def body(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
-            before, metrics = carry
-            after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)))
+        def body(i: Any, carry: tuple[TrainState, Any, Any]) -> tuple[TrainState, Any, Any]:
+            before, kernels, metrics = carry
+            after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)), packed, kernels)
             good = jnp.isfinite(new["loss"]) & jnp.isfinite(new["gradient_norm"]) & (before.step == span[0] + i)
             if recipe.skip_not_finite:
                 before = dataclasses.replace(before, step=after.step)
             state = jax.tree.map(functools.partial(jnp.where, good), after, before)
-            return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
+            metrics = jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
+            return state, packed.kernels(state) if packed else (), metrics
 
         metrics = {name: jnp.zeros(steps_per_dispatch) for name in ("loss", "top1", "gradient_norm")}
         if steps_per_dispatch == 1:
-            return body(0, (state, metrics))
-        return jax.lax.fori_loop(0, span[1] - span[0], body, (state, metrics))
+            state, _, metrics = body(0, (state, (), metrics))
+            return state, metrics
+        state = packed.pack(state) if packed else state
+        carry = state, packed.kernels(state) if packed else (), metrics
+        state, _, metrics = jax.lax.fori_loop(0, span[1] - span[0], body, carry)
+        return packed.unpack(state) if packed else state, metrics
 
     # check_vma=False: gradients stay those of the device's own shard until the pmean above averages them.
     spread = jax.shard_map(

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from benchmarks.compiled import compile_step
+from benchmarks.compiled import build_step, compile_step
 from benchmarks.hlo import arrays, count_all_reduces, hbm_traffic, largest
 
 TYPES = {
@@ -171,5 +171,5 @@ def test_the_step_of_a_config_is_compiled_without_its_data(name, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")
     config = importlib.import_module(f"configs.{name}").get_config()
     config.model.name, config.batch_size = "ra_tiny", 4
-    compiled, _ = compile_step(config, jax.devices()[:2])
+    compiled, _ = compile_step(build_step(config, jax.devices()[:2]))
     assert count_all_reduces(compiled.as_text()) > 0

@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 from helpers import built, run_steps
+from jax.sharding import PartitionSpec as P
 
 from resattn_jax.checkpoint import Reader
 from resattn_jax.errors import UsageError
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.runtime import make_mesh
+from resattn_jax.train_step import mean_over_devices
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -36,6 +39,30 @@ def test_without_it_every_device_has_its_own_statistics(tiny_config):
         assert len(shards) == 8
         for shard in shards[1:]:
             np.testing.assert_array_equal(shards[0], shard)
+
+
+def test_gradients_sent_in_bfloat16_are_those_of_float32_to_its_eight_bits(tiny_config):
+    """Each device's gradient and the mean are rounded to 8 bits, by 2^-9 at most; the rest is sent as it is.
+
+    A sum of eight in bfloat16, as a TPU's, would be rounded seven times more.
+    """
+    of_devices = np.random.default_rng(0).standard_normal((8, 1000)).astype(np.float32)
+
+    def means(gradient, rest):
+        return mean_over_devices(gradient[0], rest[0], "bfloat16")
+
+    mesh = make_mesh(jax.devices())
+    spread = jax.shard_map(means, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+    gradient, rest = jax.jit(spread)(of_devices, of_devices)
+    mean = of_devices.astype(np.float64).mean(0)
+    np.testing.assert_allclose(rest, mean, rtol=0, atol=1e-6)
+    error = np.abs(gradient - mean)
+    assert gradient.dtype == np.float32
+    assert error.max() > 1e-4  # of what was sent in float32 it would be a thousandth of this
+    assert (error <= 2**-9 * (np.abs(of_devices).mean(0) * 8 + np.abs(mean)) + 1e-6).all()
+
+    tiny_config.all_reduce_dtype = "bfloat16"
+    assert built(tiny_config).recipe.all_reduce_dtype == "bfloat16"
 
 
 def test_a_checkpoint_of_eight_devices_is_measured_and_continued_on_other_numbers(tiny_config, tmp_path):

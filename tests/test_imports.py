@@ -64,7 +64,7 @@ LAYERS = [
     ["classifier", "trained", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
     ["experiment"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
-    ["augment", "trivial_augment", "state", "metrics", "run", "cli", "checksums", "export"],
+    ["augment", "trivial_augment", "packed", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],
     ["convert", "naming", "naming.*", "torch_files", "mxnet_files"],
     ["models", "models.*", "config", "rules", "runtime", "buckets", "watchdog", "profiler"],

@@ -104,8 +104,8 @@ def test_the_logits_read_every_parameter(name):
     assert [n for n, var in zip(names, jaxpr.invars, strict=False) if id(var) not in read] == []
 
 
-PORTABLE = {"pointwise": "convolution", "pooling": "window", "upsampling": "gathers"}
-OTHERS = {"pointwise": "product", "pooling": "slices", "upsampling": "products"}
+PORTABLE = {"pointwise": "convolution", "pooling": "window", "upsampling": "gathers", "sums": "apart"}
+OTHERS = {"pointwise": "product", "pooling": "slices", "upsampling": "products", "sums": "together"}
 
 
 @pytest.mark.parametrize("wiring", ["paper", "double_skip"])
@@ -319,7 +319,7 @@ def test_any_number_of_units_up_to_64_is_taken(option):
         assert getattr(create_model("ra_tiny", num_classes=10, **{option: units}).spec, option) == units
 
 
-@pytest.mark.parametrize("option", ["pointwise", "pooling", "upsampling"])
+@pytest.mark.parametrize("option", ["pointwise", "pooling", "upsampling", "sums"])
 def test_an_unknown_program_is_told_what_there_is(option):
     told = f"{option} is 'fast'; it must be one of {PORTABLE[option]}, {OTHERS[option]}"
     with pytest.raises(ValueError, match=told):

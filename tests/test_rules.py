@@ -53,7 +53,7 @@ CHOICE = {
     "data.pipeline": ["auto", "resident", "streaming"], "data.broken": ["fail", "skip"],
     "optimizer.name": ["sgd", "lars"], "schedule.name": ["step", "cosine", "linear", "constant"],
     "augment.crop_mode": ["zeros", "reflect"], "eval.views": [1, 2, 10], "on_nan": ["fail", "skip"],
-    "tracker": ["wandb"],
+    "tracker": ["wandb"], "all_reduce_dtype": ["float32", "bfloat16"],
 }  # fmt: skip
 TEXT = {  # (that can be, that cannot)
     "init_from": (["runs/a", "~/a:best", "a b:12"], [":best"]),

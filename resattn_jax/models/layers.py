@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from resattn_jax.models.nets import Pointwise, Pooling, Upsampling
+from resattn_jax.models.nets import Pointwise, Pooling, Sums, Upsampling
 
 # He et al., "Delving Deep into Rectifiers" (ICCV 2015): normal with variance 2/fan.
 # "pytorch" is what torch.nn.Conv2d and torch.nn.Linear draw: uniform in ±1/sqrt(fan_in).
@@ -76,12 +76,15 @@ class BatchNorm(nn.Module):
     biased variance; make "batch_stats" mutable then.
     span: so many images have their statistics together: a part of B (ghost batch norm, Hoffer et al., 2017, arXiv
     1705.08741), of which the running statistics get the average, or B on each of several neighbours along `axis_name`.
+    sums: the two sums over a batch, and the two over its gradient, as two reductions each, "apart", or "together" as
+      one of pairs: XLA makes a reduction on a GPU in two kernels, and the second is then one for both.
     """
 
     train: bool
     relu: bool = False
     axis_name: str | None = None
     span: int | None = None
+    sums: Sums = "apart"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -94,9 +97,9 @@ class BatchNorm(nn.Module):
             return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
         groups, over = _groups(len(x), self.axis_name, self.span)
         if groups == 1:
-            y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, over)
+            y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, over, self.sums)
         else:
-            normalize = jax.vmap(lambda part: _normalize_batch_once(part, scale, bias, self.relu, over))
+            normalize = jax.vmap(lambda part: _normalize_batch_once(part, scale, bias, self.relu, over, self.sums))
             parts, means, variances = normalize(x.reshape(groups, -1, *x.shape[1:]))
             y, batch_mean, batch_var = parts.reshape(x.shape), jnp.mean(means, 0), jnp.mean(variances, 0)
         mean.value = 0.9 * mean.value + 0.1 * batch_mean.astype(mean.value.dtype)
@@ -145,9 +148,9 @@ def _channels(x: jax.Array) -> jax.Array:
     return x[None, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _normalize_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None, sums: Sums
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised x, and the mean and variance of the batch [C], through which no gradient flows.
 
@@ -155,30 +158,39 @@ def _normalize_batch(
     anyway, and computes the rest again.
     """
     wide = widen(x)
-    mean, square = jnp.mean(wide, (0, 1, 2)), jnp.mean(wide**2, (0, 1, 2))
+    mean, square = (total / (x.size // x.shape[-1]) for total in _both_sums(wide, wide**2, sums))
     if over:
         mean, square = _mean_over((mean, square), over)
     var = jnp.maximum(square - mean**2, 0)
     return _affine(x, mean, var, scale, bias, relu).astype(x.dtype), mean, var
 
 
+def _both_sums(a: jax.Array, b: jax.Array, sums: Sums) -> tuple[jax.Array, jax.Array]:
+    """The sums of two maps [B, H, W, C] over all but the channels, [C] each."""
+    axes = (0, 1, 2)
+    if sums == "apart":
+        return jnp.sum(a, axes), jnp.sum(b, axes)
+    zeros = (jnp.zeros((), a.dtype), jnp.zeros((), b.dtype))
+    return jax.lax.reduce((a, b), zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+
+
 def _normalize_batch_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool, over: Over | None, sums: Sums
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    y, mean, var = _normalize_batch(x, scale, bias, relu, over)
+    y, mean, var = _normalize_batch(x, scale, bias, relu, over, sums)
     return (y, mean, var), (x, mean, var, scale, bias)
 
 
 def _normalize_batch_backward(
-    relu: bool, over: Over | None, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+    relu: bool, over: Over | None, sums: Sums, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, var, scale, bias = saved
     wide, gradient = widen(x), widen(gradients[0])
     if relu:
         gradient = jnp.where(_affine(x, mean, var, scale, bias, False) > 0, gradient, 0)
     inverse = jax.lax.rsqrt(var + 1e-5)
-    for_bias = jnp.sum(gradient, (0, 1, 2))
-    for_scale = (jnp.sum(gradient * wide, (0, 1, 2)) - mean * for_bias) * inverse
+    for_bias, product = _both_sums(gradient, gradient * wide, sums)
+    for_scale = (product - mean * for_bias) * inverse
     means = for_bias * (x.shape[-1] / x.size), for_scale * (x.shape[-1] / x.size)
     if over:
         means = _mean_over(means, over)
@@ -192,7 +204,7 @@ def _normalize_batch_backward(
 _normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
 
 # A net has many norms of few shapes. Under jit each of these is traced and differentiated once.
-_normalize_batch_once = jax.jit(_normalize_batch, static_argnums=(3, 4))
+_normalize_batch_once = jax.jit(_normalize_batch, static_argnums=(3, 4, 5))
 
 
 class Linear(nn.Module):
@@ -284,24 +296,51 @@ def upsample_bilinear(x: jax.Array, shape: tuple[int, int], *, upsampling: Upsam
       matrices.
     [B, h, w, C] -> [B, *shape, C] in x's dtype.
     """
-    program = upsample_by_products if upsampling == "products" else upsample_by_gathers
-    return program(x, shape)
+    return upsample_by_products(x, shape) if upsampling == "products" else upsample_by_gathers(x, shape)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def upsample_by_gathers(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Weighted sums of neighbours: [B, h, w, C] -> [B, *shape, C], in float32 or wider between."""
+    """Weighted sums of neighbours: [B, h, w, C] -> [B, *shape, C], in float32 or wider between.
+
+    Its gradient is made of gathers too, where autodiff would scatter.
+    """
+    return _combine(x, [_interpolation_matrix(*sizes) for sizes in zip(x.shape[1:3], shape, strict=True)])
+
+
+def _upsample_forward(x: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, tuple[int, ...]]:
+    return upsample_by_gathers(x, shape), x.shape[1:3]
+
+
+def _upsample_backward(shape: tuple[int, int], sizes: tuple[int, ...], gradient: jax.Array) -> tuple[jax.Array]:
+    return (_combine(gradient, [_interpolation_matrix(*s).T for s in zip(sizes, shape, strict=True)]),)
+
+
+upsample_by_gathers.defvjp(_upsample_forward, _upsample_backward)
+
+
+def _combine(x: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
+    """x times a matrix of few values a row along H, then along W, as sums of gathers."""
     wide = widen(x)
-    for axis, out in enumerate(shape, start=1):
-        low, high, fraction = _interpolation(wide.shape[axis], out)
-        weight = jnp.asarray(fraction, wide.dtype).reshape([out if a == axis else 1 for a in range(4)])
-        wide = _take(wide, low, axis) * (1 - weight) + _take(wide, high, axis) * weight
+    for axis, matrix in enumerate(matrices, start=1):
+        most = int((matrix != 0).sum(1).max(initial=1))
+        columns = np.argsort(matrix == 0, axis=1, kind="stable")[
+            :, :most
+        ]  # of the values that are not 0, and some that are
+        weights = np.take_along_axis(matrix, columns, axis=1)
+        parts = [
+            _take(wide, column, axis)
+            * jnp.asarray(weight, wide.dtype).reshape([-1 if a == axis else 1 for a in range(4)])
+            for column, weight in zip(columns.T, weights.T, strict=True)
+        ]
+        wide = functools.reduce(jnp.add, parts)
     return wide.astype(x.dtype)
 
 
 def _take(x: jax.Array, indices: np.ndarray, axis: int) -> jax.Array:
-    """x at `indices`, ascending and within bounds, of one axis."""
+    """x at `indices`, within bounds, of one axis."""
     where = (slice(None),) * axis + (indices,)
-    return x.at[where].get(mode="promise_in_bounds", indices_are_sorted=True, wrap_negative_indices=False)
+    return x.at[where].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def upsample_by_products(x: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Pointwise = Literal["convolution", "product"]
 Pooling = Literal["window", "slices"]
 Upsampling = Literal["gathers", "products"]
+Sums = Literal["apart", "together"]
 
 MOST_UNITS = 64  # of p, t, r and last
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from resattn_jax.models.layers import BatchNorm, Conv, Linear, max_pool, upsample_bilinear, widen
-from resattn_jax.models.nets import NETS, Pointwise, Pooling, Spec, Upsampling, check_choice, check_options
+from resattn_jax.models.nets import NETS, Pointwise, Pooling, Spec, Sums, Upsampling, check_choice, check_options
 
 Layer = Callable[..., nn.Module]
 Resampling = Callable[..., jax.Array]
@@ -161,8 +161,8 @@ class ResidualAttentionNetwork(nn.Module):
     dtype: what convolutions compute in. axis_name: the mesh axis over which batch statistics are synchronised inside
     `jax.shard_map`; None keeps them local to a device. norm_span: as `BatchNorm.span`. remat: the backward pass
     computes the inside of a residual unit anew from the unit's input instead of keeping it, for less memory and one
-    more forward pass. pointwise, pooling, upsampling: which program computes a 1x1 convolution, a max-pooling and an
-    upsampling; see `create_model`.
+    more forward pass. pointwise, pooling, upsampling, sums: which program computes a 1x1 convolution, a max-pooling, an
+    upsampling and a norm's sums; see `create_model`.
     """
 
     spec: Spec
@@ -174,6 +174,7 @@ class ResidualAttentionNetwork(nn.Module):
     pointwise: Pointwise = "convolution"
     pooling: Pooling = "window"
     upsampling: Upsampling = "gathers"
+    sums: Sums = "apart"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -184,7 +185,7 @@ class ResidualAttentionNetwork(nn.Module):
         """
         spec = self.spec
         conv = functools.partial(Conv, initializer=spec.init, dtype=self.dtype, pointwise=self.pointwise)
-        norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name, span=self.norm_span)
+        norm = functools.partial(BatchNorm, train=train, axis_name=self.axis_name, span=self.norm_span, sums=self.sums)
         kind = nn.remat(UNITS[spec.unit]) if self.remat else UNITS[spec.unit]
         unit: Layer = functools.partial(kind, conv=conv, norm=norm)
         pool = functools.partial(max_pool, pooling=self.pooling)
@@ -229,6 +230,7 @@ def create_model(
     pointwise: Pointwise = "convolution",
     pooling: Pooling = "window",
     upsampling: Upsampling = "gathers",
+    sums: Sums = "apart",
     **options: Any,
 ) -> ResidualAttentionNetwork:
     """The net called `name`, as a Flax module.
@@ -245,7 +247,8 @@ def create_model(
       pointwise: 1x1 convolutions as convolutions, or as matrix products over [B * H * W, C].
       pooling: max-pooling as a reduction over windows, or as maxima of strided slices.
       upsampling: bilinear interpolation as gathers, one axis after the other, or as two small matrices.
-        Of these three, the defaults are the form that other frameworks' converters take; results are equal up to
+      sums: the two sums of a norm as two reductions, or as one.
+        Of these four, the defaults are the form that other frameworks' converters take; results are equal up to
         rounding, and which is faster depends on the device.
       **options: overrides of the fields of `Spec` that are no shapes: wiring, attention, learning, mask, init,
         p, t, r, last.
@@ -258,6 +261,7 @@ def create_model(
     check_choice("pointwise", pointwise, typing.get_args(Pointwise))
     check_choice("pooling", pooling, typing.get_args(Pooling))
     check_choice("upsampling", upsampling, typing.get_args(Upsampling))
+    check_choice("sums", sums, typing.get_args(Sums))
 
     return ResidualAttentionNetwork(
         dataclasses.replace(NETS[name], **options),
@@ -269,4 +273,5 @@ def create_model(
         pointwise=pointwise,
         pooling=pooling,
         upsampling=upsampling,
+        sums=sums,
     )
