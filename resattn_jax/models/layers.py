@@ -73,7 +73,7 @@ class BatchNorm(nn.Module):
     statistics are used, those of all shards of `axis_name` if given, and running = 0.9 * running + 0.1 * batch, of the
     biased variance; make "batch_stats" mutable then.
     sums: the two sums over a batch, and the two over its gradient, as two reductions each, "apart", or "together" as
-      one of pairs: XLA makes a reduction on a GPU in two kernels, and the second is then one for both.
+      one of complex numbers: XLA makes a reduction on a GPU in two kernels, and the second is then one for both.
     """
 
     train: bool
@@ -132,8 +132,8 @@ def _both_sums(a: jax.Array, b: jax.Array, sums: Sums) -> tuple[jax.Array, jax.A
     axes = (0, 1, 2)
     if sums == "apart":
         return jnp.sum(a, axes), jnp.sum(b, axes)
-    zeros = (jnp.zeros((), a.dtype), jnp.zeros((), b.dtype))
-    return jax.lax.reduce((a, b), zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    pairs = jnp.sum(jax.lax.complex(a, b), axes)  # a reduction of two operands would also write which of x are over 0
+    return jnp.real(pairs), jnp.imag(pairs)
 
 
 def _normalize_batch_forward(
