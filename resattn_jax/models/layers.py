@@ -77,7 +77,7 @@ class BatchNorm(nn.Module):
     span: so many images have their statistics together: a part of B (ghost batch norm, Hoffer et al., 2017, arXiv
     1705.08741), of which the running statistics get the average, or B on each of several neighbours along `axis_name`.
     sums: the two sums over a batch, and the two over its gradient, as two reductions each, "apart", or "together" as
-      one of pairs: XLA makes a reduction on a GPU in two kernels, and the second is then one for both.
+      one of complex numbers: XLA makes a reduction on a GPU in two kernels, and the second is then one for both.
     """
 
     train: bool
@@ -170,8 +170,8 @@ def _both_sums(a: jax.Array, b: jax.Array, sums: Sums) -> tuple[jax.Array, jax.A
     axes = (0, 1, 2)
     if sums == "apart":
         return jnp.sum(a, axes), jnp.sum(b, axes)
-    zeros = (jnp.zeros((), a.dtype), jnp.zeros((), b.dtype))
-    return jax.lax.reduce((a, b), zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    pairs = jnp.sum(jax.lax.complex(a, b), axes)  # a reduction of two operands would also write which of x are over 0
+    return jnp.real(pairs), jnp.imag(pairs)
 
 
 def _normalize_batch_forward(
