@@ -280,9 +280,7 @@ def _bytes_written(program: Program, fused: Computation) -> list[int]:
 
     root, limits = _root(fused), []
     for name in root.operands if root.opcode == "tuple" else [root.name]:
-        parts = len(
-            arrays(fused[name].type)
-        )  # many where it is a tuple within the tuple, as of a reduction of two maps
+        parts = len(arrays(fused[name].type))  # many of a tuple within the tuple, as a reduction of two maps gives
         limits += [limit(fused, fused[name])] if parts == 1 else [_ALL] * parts
     return limits
 

@@ -74,7 +74,7 @@ class Experiment:
 
     @functools.cached_property
     def sam_steps(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        """The same with SAM, of the same arguments. Not packed: in bfloat16 kernels so small a way is no way at all."""
+        """The same with SAM, of the same arguments. Not packed: bfloat16 kernels would round SAM's small way off."""
         return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho), pack=False)
 
     def _make_train_steps(self, recipe: Recipe, pack: bool) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:

@@ -110,30 +110,25 @@ OTHERS = {"pointwise": "product", "pooling": "slices", "upsampling": "products",
 
 @pytest.mark.parametrize("wiring", ["paper", "double_skip"])
 def test_every_program_gives_the_same_numbers(wiring):
-    """Logits, new statistics and gradients of a training step, on maps of odd sides, at depths 2 and 1."""
-    x, results = images(4, 9, 13, 3), []
-    for programs in PORTABLE, OTHERS:
-        model = create_model("ra_tiny", num_classes=10, wiring=wiring, **programs)
-        variables = random_variables(model, (9, 13, 3))
+    """Logits, new statistics and gradients of a training step in float64, on maps of odd sides, at depths 2 and 1."""
 
-        def loss(params, x, model=model, variables=variables):
+    def numbers(programs):
+        model = create_model("ra_tiny", num_classes=10, wiring=wiring, dtype=jnp.float64, **programs)
+        variables = jax.tree.map(np.float64, random_variables(model, (9, 13, 3)))
+
+        def loss(params, x):
             logits, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
             return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 3]), (logits, new)
 
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        (value, (logits, new)), (gradients, x_gradient) = step(variables["params"], x)
-        results.append(
-            {
-                "loss": value,
-                "logits": logits,
-                "gradients": jax.flatten_util.ravel_pytree(gradients)[0],
-                "gradient of the images": x_gradient,
-            }
-            | {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(new)}
-        )
-    portable, others = results
-    errors = {key: np.linalg.norm(others[key] - value) / np.linalg.norm(value) for key, value in portable.items()}
-    assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
+        return step(variables["params"], np.float64(images(4, 9, 13, 3)))
+
+    with jax.enable_x64(True):
+        portable, others = numbers(PORTABLE), numbers(OTHERS)
+    pairs = zip(jax.tree.leaves_with_path(portable), jax.tree.leaves(others), strict=True)
+    whole = max(np.linalg.norm(leaf) for leaf in jax.tree.leaves(portable))
+    errors = {jax.tree_util.keystr(path): np.linalg.norm(a - b) / whole for (path, a), b in pairs}
+    assert {name: error for name, error in errors.items() if not error < 1e-12} == {}
 
 
 def test_the_portable_programs_are_the_default():

@@ -324,15 +324,10 @@ def _combine(x: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
     wide = widen(x)
     for axis, matrix in enumerate(matrices, start=1):
         most = int((matrix != 0).sum(1).max(initial=1))
-        columns = np.argsort(matrix == 0, axis=1, kind="stable")[
-            :, :most
-        ]  # of the values that are not 0, and some that are
-        weights = np.take_along_axis(matrix, columns, axis=1)
-        parts = [
-            _take(wide, column, axis)
-            * jnp.asarray(weight, wide.dtype).reshape([-1 if a == axis else 1 for a in range(4)])
-            for column, weight in zip(columns.T, weights.T, strict=True)
-        ]
+        columns = np.argsort(matrix == 0, axis=1, kind="stable")[:, :most]  # a row's values, and zeros if it has fewer
+        weights = jnp.asarray(np.take_along_axis(matrix, columns, axis=1), wide.dtype)
+        along = [-1 if a == axis else 1 for a in range(4)]
+        parts = [_take(wide, columns[:, i], axis) * weights[:, i].reshape(along) for i in range(most)]
         wide = functools.reduce(jnp.add, parts)
     return wide.astype(x.dtype)
 
