@@ -47,12 +47,16 @@ class Figure:
 _STEP = "train_step --json=/dev/stdout"
 _TPU = "compiled --config=configs/cifar10_ra92.py --topology"
 FIGURES = {
-    "train_step_cpu": Figure("docs/performance.md, CPU", (f"{_STEP} --seconds=30",), ("CPU",)),
+    "train_step_cpu": Figure(
+        "docs/performance.md, CPU",
+        (f"{_STEP} --seconds=30", f"{_STEP} --net=ra56_double_skip --batch=8 --seconds=30"),
+        ("CPU",),
+    ),
     "train_step_gpu": Figure(
         "docs/performance.md, GPU",
         (
             f"{_STEP} --batch 512 1024 --dtype=bfloat16 --turns=1",
-            f"{_STEP} --net=ra56 --batch 128 256 --dtype=bfloat16 --turns=1",
+            f"{_STEP} --net=ra56_double_skip --batch 128 256 --dtype=bfloat16 --turns=1",
         ),
         ("GPU",),
     ),
@@ -67,7 +71,11 @@ FIGURES = {
         ("jax_cuda13_plugin",),
     ),
     "startup_cpu": Figure("docs/performance.md, Start-up", ("startup --rounds=3",), ("CPU", "cifar10")),
-    "input": Figure("docs/data.md", ("input --json=/dev/stdout",), ("imagenet2012",)),
+    "input": Figure(
+        "docs/data.md",
+        tuple(f"input --rounds=5 --step={step} --json=/dev/stdout" for step in (0, 0.02)),
+        ("imagenet2012",),
+    ),
     "kills": Figure("docs/reliability.md", ("kills --kills=100",), ("CPU",)),
     "long_run_cpu": Figure("docs/reliability.md", ("long_run --steps=10000",), ("CPU", "psutil")),
 }

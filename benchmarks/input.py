@@ -1,6 +1,7 @@
 """Measures the images per second that a host can feed: our pipeline, TFDS with tf.data, a PyTorch DataLoader.
 
-    python -m benchmarks.input [--data=imagenet2012] [--data_dir=DIR] [--images=2000] [--rounds=3] [--json=FILE]
+    python -m benchmarks.input [--data=imagenet2012] [--data_dir=DIR] [--images=2000] [--rounds=3] [--step=0.02]
+        [--json=FILE]
 
 All three read the same pictures, take random resized crops of 224 pixels, mirror half of them and stack uint8 batches.
 TensorFlow and PyTorch come with the extras [prepare] and [torch]; what is not installed is left out. Each pipeline has
@@ -8,7 +9,8 @@ a process of its own and all cores. The rounds take turns, so that what else the
 
 The table has the median round's images per second, its images per second of processor time, and the highest memory.
 Memory includes the children's, with shared pages counted once; the last column leaves out what the process held when
-its libraries were loaded.
+its libraries were loaded. With --step the reader then waits so many seconds with each batch, as for an accelerator's
+step: a pipeline that reads ahead meanwhile loses nothing by it until the steps alone take the time.
 """
 
 from __future__ import annotations
@@ -52,12 +54,13 @@ def main() -> None:
         if args.data != "synthetic" and importlib.util.find_spec("tensorflow"):
             args.tfrecord = write_tfrecord(args, folder)
         table = run(args)
-    print(f"{args.data}, {CORES} cores, crops of {SIZE}, batches of {BATCH}, median of {args.rounds} rounds")
+    what = f"{args.data}, {CORES} cores, crops of {SIZE}, batches of {BATCH}, steps of {args.step} s"
+    print(f"{what}, median of {args.rounds} rounds")
     print_table(table)
     if args.json:
         with open(args.json, "a") as file:
             for name, row in table.items():
-                about = {"data": args.data, "cores": CORES, "size": SIZE, "batch": BATCH}
+                about = {"data": args.data, "cores": CORES, "size": SIZE, "batch": BATCH, "step_seconds": args.step}
                 file.write(json.dumps({"pipeline": name, **about, **row}) + "\n")
 
 
@@ -68,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", help="where TFDS has it; default: TFDS_DATA_DIR")
     parser.add_argument("--images", type=int, default=2000, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--step", type=float, default=0.0, help="seconds that an accelerator has each batch for")
     parser.add_argument("--json", help="append the figures to this file, an object a line")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--tfrecord", help=argparse.SUPPRESS)
@@ -191,6 +195,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
         began, used, count = time.perf_counter(), seconds(), 0
         while count < args.images:
             count += next(batches)
+            time.sleep(args.step)
         wall, cpu = time.perf_counter() - began, seconds() - used
         figures = {"wall": count / wall, "cpu": count / cpu, "memory": watch.highest, "more": watch.highest - empty}
         print(json.dumps(figures), flush=True)

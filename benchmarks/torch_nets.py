@@ -42,7 +42,10 @@ def torch_net(spec: Spec, num_classes: int, parameters: int) -> nn.Module:
     Raises ValueError for a spec that pytorchcv's blocks cannot build.
     """
     if (spec.wiring, spec.unit, spec.last) != ("double_skip", "preact", 1):
-        raise ValueError("pytorchcv's nets have the double-skip wiring, pre-activation units and one unit at the end")
+        raise ValueError(
+            "pytorchcv's nets have the double-skip wiring, pre-activation units and one unit at the end, as "
+            "ra56_double_skip has"
+        )
     stem, features = spec.stem, spec.stem.features
     if stem.pool == 3:
         layers = [ResAttInitBlock(3, features)]

@@ -49,7 +49,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line. --only is for the processes that `measure` starts: each times that one implementation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", default="ra92_cifar")
+    parser.add_argument("--net", default="ra92_cifar", help="for PyTorch a double-skip one: ra56_double_skip")
     parser.add_argument("--size", type=int, help="of the images; default: 32 for the cifar nets, else 224")
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -83,8 +83,11 @@ def time_one(args: argparse.Namespace) -> None:
         from benchmarks.torch_steps import steps_to_time
     from benchmarks.timed import load_net, take_turns
 
-    net = load_net(args.net, args.size, args.dtype)
-    take_turns(steps_to_time(args.only, net, args.batch[0], args.what))
+    try:
+        net = load_net(args.net, args.size, args.dtype)
+        take_turns(steps_to_time(args.only, net, args.batch[0], args.what))
+    except ValueError as error:  # such as a net that pytorchcv cannot build
+        sys.exit(f"{args.only}: {error}")
 
 
 class Worker:
