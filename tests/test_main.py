@@ -166,7 +166,7 @@ def test_a_device_out_of_memory_is_told_with_the_batch_and_what_helps(when, tmp_
     if when == "evaluating":
         monkeypatch.setattr(experiment, "make_eval_step", lambda *_: exhaust)
     else:
-        monkeypatch.setattr(experiment, "make_train_steps", lambda *_: Steps(when == "running"))
+        monkeypatch.setattr(experiment, "make_train_steps", lambda *_, **__: Steps(when == "running"))
     config = cli.parse_config(["main.py", "--config.total_steps=1", *SMALL])
     with pytest.raises(RunError, match=r"^a device is out of memory .*RESOURCE_EXHAUSTED") as caught:
         train_and_evaluate(config, tmp_path, one_device)
