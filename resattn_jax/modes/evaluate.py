@@ -11,6 +11,7 @@ from etils import epath
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
 from resattn_jax.cli import Command
+from resattn_jax.config import for_measuring
 from resattn_jax.data.pipelines import describe, for_evaluation, open_eval
 from resattn_jax.experiment import build
 from resattn_jax.report.console import print_evaluation
@@ -42,8 +43,9 @@ def evaluate_checkpoint(
         if spec is None:  # a run older than the file, or an imported net
             spec = describe(config)
             run.check_data(spec)
-        experiment = build(config, for_evaluation(config, spec), runtime.make_mesh(devices))
-        mesh, platform, size = experiment.mesh, experiment.platform, experiment.eval_batch_size
+        mesh = runtime.make_mesh(devices)
+        experiment = build(for_measuring(config, mesh.size), for_evaluation(config, spec), mesh)
+        platform, size = experiment.platform, experiment.eval_batch_size
         stream = open_eval(config, experiment.spec, mesh, platform, batch_size=size)
         like = experiment.abstract_state().variables
         step, variables = checkpoints.first_readable(steps, lambda s: checkpoints.read_eval_variables(s, like))
