@@ -62,7 +62,12 @@ def initialize(
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR or in the home folder."""
+    """Keeps compiled programs for the next start: in JAX_COMPILATION_CACHE_DIR or in the home folder.
+
+    JAX by itself keeps what took it a second to compile; a start has a dozen programs that take less, each time anew.
+    """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if jax.config.values["jax_compilation_cache_dir"] is None:  # JAX_COMPILATION_CACHE_DIR is not set
         with contextlib.suppress(RuntimeError):  # there is no home folder, and so no cache
             caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

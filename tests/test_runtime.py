@@ -1,7 +1,12 @@
 """The settings of the machine a run is on."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
+import pytest
 from helpers import ROOT, plain_spec
 
 from resattn_jax import runtime
@@ -63,3 +68,22 @@ def test_the_platform_is_that_of_the_meshs_devices_and_another_can_be_given(tiny
 def test_no_module_but_this_one_asks_what_the_devices_are():
     asking = [p.name for p in (ROOT / "resattn_jax").rglob("*.py") if "default_backend(" in p.read_text("utf-8")]
     assert asking == []
+
+
+KEPT = """
+import jax
+from resattn_jax import runtime
+runtime.keep_programs()
+jax.jit(lambda x: 3 * x)(2.0)
+"""
+
+
+@pytest.mark.parametrize(("least", "programs"), [(None, 1), ("60", 0)])
+def test_the_smallest_program_is_kept_unless_the_user_says_how_long_it_has_to_take(least, programs, tmp_path):
+    """JAX by itself keeps only what took it a second to compile."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    if least:
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = least
+    subprocess.run([sys.executable, "-c", KEPT], cwd=ROOT, env=environment, check=True)
+    assert len(list(tmp_path.glob("resattn_jax/*lambda*-cache"))) == programs
