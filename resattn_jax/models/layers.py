@@ -111,7 +111,7 @@ class BatchNorm(nn.Module):
         scale = parameter(self, "scale", nn.initializers.ones, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, shape)
         if not self.train:
-            return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
+            return _affine_once(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
         groups, over = _groups(len(x), self.axis_name, self.span)
         if groups == 1:
             y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, over, self.sums)
@@ -158,6 +158,9 @@ def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bia
     scale = scale * jax.lax.rsqrt(var + 1e-5)
     y = x * _channels(scale) + _channels(bias - mean * scale)
     return jnp.maximum(y, 0) if relu else y
+
+
+_affine_once = jax.jit(_affine, static_argnums=5, inline=True)  # of each shape it is traced once, and then copied
 
 
 def _channels(x: jax.Array) -> jax.Array:
