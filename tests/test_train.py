@@ -91,7 +91,7 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_not_logged_twice(tiny_
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tiny_config, one_device, tmp_path):
     tiny_config.total_steps = 6
     tiny_config.schedule.name = "constant"
-    tiny_config.schedule.warmup = "0 steps"
+    tiny_config.schedule.warmup = tiny_config.augment.mixup_off_last = "0 steps"
     tiny_config.optimizer.clip_norm = None
     tiny_config.eval.every = "2 steps"
     train_and_evaluate(tiny_config, tmp_path, one_device)
