@@ -16,7 +16,7 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Most of the time goes into compiling small programs; with these it is half. Loops over wide vectors are long to compile.
+# Most of the time goes into compiling small programs; with these it is half. Wide vectors are long to compile.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 QUICK_TO_COMPILE = (
     "--xla_cpu_opt_preset=fast_compile --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

@@ -43,7 +43,7 @@ def parameter(
     """
     if not module.has_variable("params", name):
         return module.param(name, initializer, shape, jnp.float32)
-    value = module.get_variable("params", name)
+    value: jax.Array = module.get_variable("params", name)
     if jnp.shape(value) != shape:
         raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), jnp.shape(value), shape)
     return value
