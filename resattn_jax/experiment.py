@@ -31,6 +31,7 @@ from resattn_jax.runtime import Platform, device_faults, platform_of
 from resattn_jax.state import TrainState
 from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
 
+NEVER = 2**31 - 1  # a step that no run reaches; unlike its last one the same in the programs of runs of all lengths
 EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
 
 
@@ -199,12 +200,13 @@ def build(
     _check_images(config, spec)
     durations = Durations(config, spec.examples)
     schedule = make_schedule(config, durations)
+    without_mixup = durations("augment.mixup_off_last")
     recipe = Recipe(
         seed=config.seed,
         mean=spec.mean,
         std=spec.std,
         augment=ml_collections.FrozenConfigDict(config.augment),
-        mixup_until=durations.total - durations("augment.mixup_off_last"),
+        mixup_until=durations.total - without_mixup if without_mixup else NEVER,
         label_smoothing=config.label_smoothing,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pathlib
+import platform
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -14,12 +15,14 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 # Also for the programs that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Most of the time goes into compiling small programs; with these it is half.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Most of the time goes into compiling small programs; with these it is half. Wide vectors are long to compile.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 QUICK_TO_COMPILE = (
     "--xla_cpu_opt_preset=fast_compile --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
+if platform.machine() == "x86_64":
+    QUICK_TO_COMPILE += " --xla_cpu_max_isa=AVX2"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -170,6 +170,7 @@ def test_the_step_of_a_config_is_compiled_without_its_data(name, monkeypatch):
     """A resident and a streamed set. Here for two CPU devices, where the compiler joins no all-reduces."""
     monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")
     config = importlib.import_module(f"configs.{name}").get_config()
-    config.model.name, config.batch_size = "ra_tiny", 4
+    config.model.update(name="ra_tiny", p=0, t=0, r=0, last=0)
+    config.batch_size = 4
     compiled, _ = compile_step(build_step(config, jax.devices()[:2]))
     assert count_all_reduces(compiled.as_text()) > 0

@@ -61,6 +61,7 @@ def randomized(net):
     return net.eval()
 
 
+@functools.cache
 def tree_shapes(name, classes=10, channels=3):
     model = create_model(name, num_classes=classes)
     init = functools.partial(model.init, train=False)

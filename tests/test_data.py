@@ -141,8 +141,8 @@ def test_cifar10_is_read_as_tfds_wrote_it(tfds_dir):
     assert test.images.shape == (10000, 32, 32, 3)
     assert list(np.bincount(test.labels)) == [1000] * 10
     assert test.class_names[:2] == ("airplane", "automobile")
-    some = read(open_source("cifar10", "train[:90%]", tfds_dir))
-    assert len(some.labels) == 45000
+    some = read(open_source("cifar10", "train[:20%]", tfds_dir))
+    assert len(some.labels) == 10000
     # The published statistics of the training pixels, to three decimals.
     np.testing.assert_allclose(some.images.mean((0, 1, 2)) / 255, [0.4914, 0.4822, 0.4465], atol=2e-3)
     np.testing.assert_allclose(some.images.std((0, 1, 2)) / 255, [0.2470, 0.2435, 0.2616], atol=2e-3)

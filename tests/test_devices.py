@@ -31,6 +31,7 @@ def test_eight_devices_with_synchronised_statistics_train_as_one_does(tiny_confi
 
 def test_without_it_every_device_has_its_own_statistics(tiny_config):
     """The loss of the same weights and batch differs, and the new running statistics are the devices' mean."""
+    tiny_config.schedule.name, tiny_config.augment.mixup_off_last = "constant", "0 steps"
     _, one = run_steps(tiny_config, jax.devices()[:1], 1)
     state, eight = run_steps(tiny_config, jax.devices(), 1)
     assert abs(one[0]["loss"] - eight[0]["loss"]) > 1e-4
@@ -67,7 +68,7 @@ def test_gradients_sent_in_bfloat16_are_those_of_float32_to_its_eight_bits(tiny_
 
 def test_a_checkpoint_of_eight_devices_is_measured_and_continued_on_other_numbers(tiny_config, tmp_path):
     tiny_config.total_steps = 6
-    tiny_config.schedule.name = "constant"
+    tiny_config.schedule.name, tiny_config.augment.mixup_off_last = "constant", "0 steps"  # one program for 6 and 8
     result = train_and_evaluate(tiny_config, tmp_path)
     for devices in (1, 2, 3, 8):  # of three none would train with batches of 32
         measured = evaluate_checkpoint(tiny_config, tmp_path, "newest", jax.devices()[:devices])

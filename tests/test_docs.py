@@ -27,12 +27,12 @@ from resattn_jax.models.nets import NETS, Spec, Stage, Stem
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["--config.total_steps=2", "--config.schedule.warmup=0 steps", "--config.model.name=ra56_cifar_slim"]
-STAGES = (Stage(8, modules=1, depth=1, stride=1), Stage(16, modules=1, depth=1, stride=2))
+STAGES = (Stage(8, modules=1, depth=1, stride=2), Stage(16, modules=0, depth=0, stride=1))
 MICRO = Spec(stem=Stem(8, 3), stages=STAGES, p=0, t=1, last=0)  # goes by that name
-PICTURES = ["--config.data.image_size=16", "--config.batch_size=8", "--config.eval.batch_size=8"]
+PICTURES = ["--config.data.image_size=16", "--config.batch_size=4", "--config.eval.batch_size=4"]
 
 # Stands for every program: writes down how it was called.
-RECORDER = f"""#!{sys.executable}
+RECORDER = f"""#!{sys.executable} -IS
 import json, sys
 with open({{calls!r}}, "a") as file:
     print(json.dumps([sys.argv[0].rpartition("/")[2], *sys.argv[1:]]), file=file)
@@ -60,7 +60,7 @@ def folder(tmp_path):
     photograph(300, 260).save(folder / "picture.png")
     for kind in "cats", "dogs":
         (folder / "photos" / kind).mkdir(parents=True)
-        for i in range(8):
+        for i in range(4):
             photograph(40 + i, 50).save(folder / "photos" / kind / f"{i}.jpg")
     for where in "programs", "convert/bin":
         (folder / where).mkdir(parents=True)
@@ -121,6 +121,7 @@ def small(config):
     return config
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_every_page_does_what_it_says(folder, monkeypatch):
     """One test, so that no process trains what another has trained already; README.md comes first, and trains most."""
     monkeypatch.chdir(folder)

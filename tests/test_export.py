@@ -113,7 +113,7 @@ def test_stablehlo_is_for_three_platforms_and_any_batch(folder, net):
         standardised = (np.float32(some) / 255 - 0.3) / 0.4
         logits = program.call(some)
         assert (logits.dtype, logits.shape) == (np.float32, (count, 10))
-        by_hand = jax.jit(lambda x: model.apply(net.variables, x, train=False))(standardised)
+        by_hand = jax.jit(lambda v, x: model.apply(v, x, train=False))(net.variables, standardised)
         np.testing.assert_allclose(logits, by_hand, rtol=0, atol=1e-5 * np.abs(by_hand).max())
 
 

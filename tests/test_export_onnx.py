@@ -60,7 +60,7 @@ def test_the_graph_gives_the_nets_logits(name, shape, options, most):
     assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 17)]
     images = np.random.default_rng(0).integers(0, 256, (1 if name == "ra56" else 3, *shape), np.uint8)
     standardised = (np.float32(images) / 255 - 0.4) / 0.25
-    logits = jax.jit(lambda x: model.apply(variables, x, train=False))(standardised)
+    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, standardised)
     for count in {1, len(images)}:  # the batch is symbolic
         found = run(graph, images[:count])
         assert (found.dtype, found.shape) == (np.float32, (count, 10))

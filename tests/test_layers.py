@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import typing
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from resattn_jax.models import NETS
 from resattn_jax.models.layers import (
+    INITIALIZERS,
     BatchNorm,
     Conv,
     Linear,
@@ -323,3 +325,14 @@ def test_a_group_reads_its_own_channels_only():
     """fan_in of a convolution in 32 groups is that of one group: 9 * 64 / 32."""
     kernel = Conv(2048, 3, groups=32, initializer="pytorch").init(jax.random.key(0), jnp.zeros((1, 1, 1, 64)))
     assert np.abs(kernel["params"]["kernel"]).max() == pytest.approx(1 / np.sqrt(18), rel=1e-3)
+
+
+def test_weights_of_another_shape_or_none_are_told_and_no_initializer_is_traced(monkeypatch):
+    layer, x = Conv(4, 1), jnp.ones((1, 2, 2, 3))
+    kernel = jnp.ones((1, 1, 3, 4))
+    monkeypatch.setitem(INITIALIZERS, "he_fan_in", lambda *_: pytest.fail("it was"))
+    np.testing.assert_array_equal(layer.apply({"params": {"kernel": kernel}}, x), np.full((1, 2, 2, 4), 3))
+    with pytest.raises(flax.errors.ScopeParamShapeError, match="kernel"):
+        layer.apply({"params": {"kernel": kernel[:, :, :2]}}, x)
+    with pytest.raises(flax.errors.ScopeParamNotFoundError, match="kernel"):
+        layer.apply({"params": {"other": kernel}}, x)

@@ -113,7 +113,7 @@ def test_every_program_gives_the_same_numbers(wiring):
     """Logits, new statistics and gradients of a training step in float64, on maps of odd sides, at depths 2 and 1."""
 
     def numbers(programs):
-        model = create_model("ra_tiny", num_classes=10, wiring=wiring, dtype=jnp.float64, **programs)
+        model = create_model("ra_tiny", num_classes=10, p=0, t=1, last=0, wiring=wiring, dtype=jnp.float64, **programs)
         variables = jax.tree.map(np.float64, random_variables(model, (9, 13, 3)))
 
         def loss(params, x):

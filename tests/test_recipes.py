@@ -22,7 +22,7 @@ config = "digits"
 set.total_epochs = "None"
 set.total_steps = 60
 set.batch_size = 16
-set.model = {p = 0, t = 1, r = 0, last = 0}
+set.model = {p = 0, t = 0, r = 0, last = 0}
 set.schedule = {name = "constant", warmup = "0 steps"}
 set.log_every = "10 steps"
 set.checkpoint.every = "5 steps"

@@ -318,7 +318,8 @@ def test_the_best_is_decided_once_and_is_the_first_of_equals(tiny_config, one_de
 
 def test_progress_is_saved_as_it_was_when_it_was_handed_over(tiny_config, one_device, tmp_path):
     """The background thread that writes it is held until the run has gone on."""
-    state = built(tiny_config, one_device).initial_state()
+    experiment = built(tiny_config, one_device)
+    state, like = experiment.initial_state(), experiment.abstract_state()
     with Writer(tmp_path, keep_newest=20) as checkpoints:
         for step in range(1, 9):
             best = {"top1": step / 10, "step": step}
@@ -326,7 +327,7 @@ def test_progress_is_saved_as_it_was_when_it_was_handed_over(tiny_config, one_de
             checkpoints.save(state.replace(step=state.step + step), progress)
             best["top1"] = 0.0
         checkpoints.wait()
-        saved = [checkpoints.restore(step, built(tiny_config, one_device).abstract_state())[1] for step in range(1, 9)]
+        saved = [checkpoints.restore(step, like)[1] for step in range(1, 9)]
     assert [(p.best["top1"], p.train_images) for p in saved] == [(step / 10, step) for step in range(1, 9)]
 
 

@@ -85,13 +85,14 @@ def metrics_of(workdir):
     return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines(workdir)]
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_that_was_cut_at_the_switch_and_beside_it_has_the_same_bits(
     tiny_config, one_device, tmp_path, monkeypatch, capsys
 ):
-    """Steps 8 to 12 are with SAM; dispatches of five steps end at the switch. The run that is cut began without SAM:
+    """Steps 8 to 12 are with SAM; dispatches of three steps end at the switch. The run that is cut began without SAM:
     it may be asked for when a run goes on.
     """
-    tiny_config.update(steps_per_dispatch=5, on_nan="skip")
+    tiny_config.update(steps_per_dispatch=3, on_nan="skip")
     tiny_config.augment.update(flip=False, alternating_flip=True)
     tiny_config.sam.update(rho=0.1, last="5 steps")
     train_and_evaluate(tiny_config, tmp_path / "straight", one_device)

@@ -91,7 +91,7 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_not_logged_twice(tiny_
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tiny_config, one_device, tmp_path):
     tiny_config.total_steps = 6
     tiny_config.schedule.name = "constant"
-    tiny_config.schedule.warmup = "0 steps"
+    tiny_config.schedule.warmup = tiny_config.augment.mixup_off_last = "0 steps"
     tiny_config.optimizer.clip_norm = None
     tiny_config.eval.every = "2 steps"
     train_and_evaluate(tiny_config, tmp_path, one_device)
@@ -122,11 +122,15 @@ def test_a_workdir_of_another_config_is_refused(tiny_config, one_device, tmp_pat
 
 
 def test_a_run_may_be_made_longer(tiny_config, one_device, tmp_path):
-    tiny_config.schedule.name = "constant"
-    tiny_config.total_steps = 6
-    train_and_evaluate(tiny_config, tmp_path, one_device)
-    tiny_config.total_steps = 8
-    assert train_and_evaluate(tiny_config, tmp_path, one_device)["step"] == 8
+    """With mixup to its end its program is that of the shorter one."""
+    tiny_config.schedule.name, tiny_config.augment.mixup_off_last = "constant", "0 steps"
+    programs = []
+    for total in (6, 8):
+        tiny_config.total_steps = total
+        assert train_and_evaluate(tiny_config, tmp_path, one_device)["step"] == total
+        experiment = built(tiny_config, one_device)
+        programs.append(experiment.train_steps.lower(*experiment.train_shapes()).as_text())
+    assert programs[0] == programs[1]
 
 
 def test_the_config_is_not_changed_by_its_reader(tiny_config, one_device, tmp_path):

@@ -78,7 +78,7 @@ def test_an_imported_checkpoint_is_measured_and_exported_to_the_same_bits(
     measured = evaluate_checkpoint(cifar_net_on_digits, tmp_path / "run", "newest", one_device)
     experiment, test = built(cifar_net_on_digits, one_device), eval_stream(cifar_net_on_digits, one_device)
     images = (np.asarray(test.arrays["image"][:20], np.float32) / 255 - 0.306) / 0.377
-    logits = experiment.model.apply(variables, images, train=False)
+    logits = jax.jit(lambda v, x: experiment.model.apply(v, x, train=False))(variables, images)
     labels = np.asarray(test.arrays["label"][:20])
     assert measured["top1"] == pytest.approx(np.mean(np.argmax(logits, -1) == labels))
 

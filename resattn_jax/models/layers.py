@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,22 @@ def widen(x: jax.Array) -> jax.Array:
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 
+def parameter(
+    module: nn.Module, name: str, initializer: nn.initializers.Initializer, shape: tuple[int, ...]
+) -> jax.Array:
+    """A float32 parameter of a module: what `module.param` gives, without tracing an initializer that is not used.
+
+    Flax does that for the shape of each parameter, which takes nearly half of the time that tracing a net takes.
+    Raises flax.errors.ScopeParamShapeError where the variables have it in another shape, as `module.param` does.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, initializer, shape, jnp.float32)
+    value: jax.Array = module.get_variable("params", name)
+    if jnp.shape(value) != shape:
+        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), jnp.shape(value), shape)
+    return value
+
+
 class Conv(nn.Module):
     """Convolution without bias, zero padding (kernel_size - 1) / 2 on both sides, as Caffe and PyTorch pad.
 
@@ -53,7 +70,7 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         k, pad = self.kernel_size, (self.kernel_size - 1) // 2
         shape = (k, k, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", INITIALIZERS[self.initializer], shape, jnp.float32)
+        kernel = parameter(self, "kernel", INITIALIZERS[self.initializer], shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if k == 1 and self.groups == 1 and self.pointwise == "product":
             x = x[:, :: self.stride, :: self.stride]
@@ -91,10 +108,10 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape)
         if not self.train:
-            return _affine(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
+            return _affine_once(x, mean.value, var.value, scale, bias, self.relu).astype(x.dtype)
         groups, over = _groups(len(x), self.axis_name, self.span)
         if groups == 1:
             y, batch_mean, batch_var = _normalize_batch_once(x, scale, bias, self.relu, over, self.sums)
@@ -141,6 +158,9 @@ def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bia
     scale = scale * jax.lax.rsqrt(var + 1e-5)
     y = x * _channels(scale) + _channels(bias - mean * scale)
     return jnp.maximum(y, 0) if relu else y
+
+
+_affine_once = jax.jit(_affine, static_argnums=5, inline=True)  # of each shape it is traced once, and then copied
 
 
 def _channels(x: jax.Array) -> jax.Array:
@@ -223,8 +243,8 @@ class Linear(nn.Module):
         def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -bound, bound) if bound else jnp.zeros(shape, dtype)
 
-        kernel = self.param("kernel", INITIALIZERS[self.initializer], (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        kernel = parameter(self, "kernel", INITIALIZERS[self.initializer], (x.shape[-1], self.features))
+        bias = parameter(self, "bias", bias_init, (self.features,))
         x = widen(x)
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None]
 
