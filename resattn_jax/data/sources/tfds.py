@@ -37,7 +37,10 @@ def prepare(name: str, data_dir: str | None) -> str:
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:  # TFDS raises whatever the network, the disk or the set's own code does
-        raise UsageError(f"TFDS could not prepare {name}: {reason(error)}") from error
+        raise UsageError(
+            f"{name} is not prepared in {builder.data_path} (config.data.dir or TFDS_DATA_DIR), and TFDS could not "
+            f"prepare it: {reason(error)}"
+        ) from error
     return f"{name} lies in {builder.data_path}"
 
 
