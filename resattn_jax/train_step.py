@@ -107,28 +107,25 @@ def train_step(
         top1 = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(targets, -1), dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, targets).mean(), (new["batch_stats"], top1)
 
-    def micro_batch(sums: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def micro_batch(batch: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
         params = variables["params"]
         (loss, (batch_stats, top1)), grads = gradient(params, *batch)
         if recipe.sam_rho:
             grads = gradient(ascend(params, grads, recipe.sam_rho), *batch)[1]
         new = packed.pack_variables(grads, batch_stats).values() if packed else (grads, batch_stats)
-        return jax.tree.map(jnp.add, sums, tuple(new)), (loss, top1)
+        return *new, loss, top1
 
     gradient, n = jax.value_and_grad(loss_fn, has_aux=True), recipe.accumulate
     micro_batches = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), (images, targets))
-    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats))
+    add = functools.partial(jax.tree.map, jnp.add)
     if n == 1 or not loops:
-        sums, values = zeros, []
-        for i in range(n):
-            sums, new = micro_batch(sums, jax.tree.map(lambda x, i=i: x[i], micro_batches))
-            values.append(new)
-        metrics = jax.tree.map(lambda *parts: jnp.stack(parts), *values)
+        parts = [micro_batch(jax.tree.map(lambda x, i=i: x[i], micro_batches)) for i in range(n)]
+        sums = functools.reduce(add, parts)
     else:
-        sums, metrics = jax.lax.scan(micro_batch, zeros, micro_batches)
-    grads, batch_stats = jax.tree.map(lambda x: x / n, sums)
-    rest = batch_stats, jax.tree.map(jnp.mean, metrics)
-    grads, (batch_stats, (loss, top1)) = mean_over_devices(grads, rest, recipe.all_reduce_dtype)
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats, np.float32(0), np.float32(0)))
+        sums, _ = jax.lax.scan(lambda so_far, batch: (add(so_far, micro_batch(batch)), None), zeros, micro_batches)
+    grads, *rest = jax.tree.map(lambda x: x / n, sums)
+    grads, (batch_stats, loss, top1) = mean_over_devices(grads, rest, recipe.all_reduce_dtype)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
