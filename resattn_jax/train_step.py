@@ -129,15 +129,16 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        assert recipe.ema_decay is not None
-        # A young average follows closely, else it would be made of the first, random weights.
-        done = (state.step + 1).astype(jnp.float32)
-        decay = jnp.minimum(recipe.ema_decay, done / (done + 9.0))
-        ema = optax.incremental_update({"params": params, "batch_stats": batch_stats}, ema, 1 - decay)
+    ema = state.ema and follow(state.ema, {"params": params, "batch_stats": batch_stats}, state.step, recipe.ema_decay)
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     return state, {"loss": loss, "top1": top1, "gradient_norm": optax.tree.norm(grads)}
+
+
+def follow(ema: Any, variables: Any, step: jax.Array, decay: float | None) -> Any:
+    """The moving average after a step. A young one follows closely, else it would be of the first, random weights."""
+    assert decay is not None
+    done = (step + 1).astype(jnp.float32)
+    return optax.incremental_update(variables, ema, 1 - jnp.minimum(decay, done / (done + 9.0)))
 
 
 def mean_over_devices(gradients: Any, rest: Any, dtype: str) -> tuple[Any, Any]:
