@@ -20,13 +20,12 @@ import PIL.ImageOps
 from etils import epath
 
 from resattn_jax import runtime
-from resattn_jax.config import for_measuring
 from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
-from resattn_jax.data.pipelines import describe_for, eval_transform, for_evaluation, open_eval
+from resattn_jax.data.pipelines import describe_for, eval_transform, open_eval
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform
 from resattn_jax.errors import UsageError, nearest, printable, reason
-from resattn_jax.experiment import Experiment, build
+from resattn_jax.experiment import Experiment, build_to_measure
 from resattn_jax.intermediates import attention_modules, maps
 from resattn_jax.run import Run
 from resattn_jax.train_step import predict
@@ -79,7 +78,7 @@ class Classifier:
         mesh = runtime.make_mesh(jax.local_devices()[:1])
         self.config, self._name = config, name or f"a {config.model.name}"
         self._programs: dict[tuple[str, ...], Any] = {}
-        self._experiment: Experiment = build(for_measuring(config, 1), for_evaluation(config, spec), mesh)
+        self._experiment: Experiment = build_to_measure(config, spec, mesh)
         self.variables = jax.device_put(variables, jax.local_devices()[0])
 
     def __str__(self) -> str:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax import metrics
-from resattn_jax.config import Durations, check_values
+from resattn_jax.config import Durations, check_values, for_measuring
 from resattn_jax.data import resident, streaming
-from resattn_jax.data.pipelines import EvalStream
+from resattn_jax.data.pipelines import EvalStream, for_evaluation
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
@@ -231,6 +231,14 @@ def build(
         sam_from=max(durations.total - durations("sam.last"), 0) if config.sam.rho else durations.total,
         pack=platform.packs and changes_value_by_value(config),
     )
+
+
+def build_to_measure(config: ml_collections.ConfigDict, spec: DataSpec, mesh: Mesh) -> Experiment:
+    """`build` for devices that train nothing, so that what the config says of a training batch need not fit them.
+
+    spec: of the data that the net was trained on; config.eval may ask for another size and crop. Raises UsageError.
+    """
+    return build(for_measuring(config, mesh.size), for_evaluation(config, spec), mesh)
 
 
 def build_model(config: ml_collections.ConfigDict, num_classes: int, platform: Platform) -> ResidualAttentionNetwork:

@@ -3,6 +3,7 @@
 Compiled programs are kept between tests.
 """
 
+import functools
 import gc
 import importlib.metadata
 import json
@@ -40,9 +41,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 BUILT = {}
 
 
-def built_once(config, spec, mesh, platform=None):
+def built_once(build, config, spec, mesh, platform=None):
     """`experiment.build`, which is asked once for each config."""
-    from resattn_jax.experiment import build
     from resattn_jax.models.nets import NETS
 
     key = config.to_json(), json.dumps(spec.to_plain()), mesh, platform, NETS.get(config.model.name)
@@ -82,11 +82,12 @@ def shared_programs(monkeypatch):
     """
     import helpers
 
-    from resattn_jax import classifier
-    from resattn_jax.modes import evaluate, report, train
+    from resattn_jax import experiment
+    from resattn_jax.modes import train
 
-    for module in (helpers, classifier, evaluate, report, train):
-        monkeypatch.setattr(module, "build", built_once)
+    once = functools.partial(built_once, experiment.build)
+    for module in (helpers, experiment, train):
+        monkeypatch.setattr(module, "build", once)
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ from helpers import built, run_steps
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax.checkpoint import Reader
+from resattn_jax.classifier import load
 from resattn_jax.errors import UsageError
+from resattn_jax.modes.attention import summarise_net
 from resattn_jax.modes.evaluate import evaluate_checkpoint
+from resattn_jax.modes.report import measure
 from resattn_jax.modes.train import train_and_evaluate
 from resattn_jax.runtime import make_mesh
 from resattn_jax.train_step import mean_over_devices
@@ -75,6 +78,12 @@ def test_a_checkpoint_of_eight_devices_is_measured_and_continued_on_other_number
         assert measured["examples"] == 360
         assert measured["top1"] == result["final"]["top1"]
         assert measured["loss"] == pytest.approx(result["final"]["loss"], rel=1e-5)
+    net = load(tmp_path, "newest")
+    for devices in (1, 3):
+        assessed = measure(net, jax.devices()[:devices]).assessment
+        assert np.mean(assessed.labels == assessed.predicted) == pytest.approx(result["final"]["top1"], rel=1e-6)
+        summary = summarise_net(net, jax.devices()[:devices])
+        assert (summary.examples, summary.top1) == (360, pytest.approx(result["final"]["top1"], rel=1e-6))
     tiny_config.total_steps = 8
     assert train_and_evaluate(tiny_config, tmp_path, jax.devices()[:2])["step"] == 8
     with Reader(tmp_path / "checkpoints") as checkpoints:

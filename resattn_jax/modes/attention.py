@@ -16,11 +16,11 @@ from resattn_jax.classifier import Classifier, Image, open_net
 from resattn_jax.cli import Command
 from resattn_jax.data.listing import list_pictures, split_rows
 from resattn_jax.data.pictures import BrokenPicture, Picture
-from resattn_jax.data.pipelines import for_evaluation, open_eval
+from resattn_jax.data.pipelines import open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.errors import UsageError, printable, reason
-from resattn_jax.experiment import build
+from resattn_jax.experiment import build_to_measure
 from resattn_jax.mask_statistics import Summary, summarise
 from resattn_jax.report.attention import Look, attention_page, drawn_look, look, product_of
 from resattn_jax.report.attention_figure import attention_figure
@@ -108,7 +108,7 @@ def write_looks(net: Classifier, looks: Iterable[Look], output: epath.PathLike) 
 def summarise_net(net: Classifier, devices: list[jax.Device] | None = None) -> Summary:
     """Measures a net's modules over config.data.eval_split, the centre view of each picture, on all devices."""
     config = _single_view(net.config)
-    experiment = build(config, for_evaluation(config, net.spec), runtime.make_mesh(devices))
+    experiment = build_to_measure(config, net.spec, runtime.make_mesh(devices))
     mesh, size = experiment.mesh, experiment.eval_batch_size
     stream = open_eval(config, experiment.spec, mesh, experiment.platform, batch_size=size)
     variables = jax.device_put(net.variables, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))

@@ -11,9 +11,8 @@ from etils import epath
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
 from resattn_jax.cli import Command
-from resattn_jax.config import for_measuring
-from resattn_jax.data.pipelines import describe, for_evaluation, open_eval
-from resattn_jax.experiment import build
+from resattn_jax.data.pipelines import describe, open_eval
+from resattn_jax.experiment import build_to_measure
 from resattn_jax.report.console import print_evaluation
 from resattn_jax.run import Run
 
@@ -44,7 +43,7 @@ def evaluate_checkpoint(
             spec = describe(config)
             run.check_data(spec)
         mesh = runtime.make_mesh(devices)
-        experiment = build(for_measuring(config, mesh.size), for_evaluation(config, spec), mesh)
+        experiment = build_to_measure(config, spec, mesh)
         platform, size = experiment.platform, experiment.eval_batch_size
         stream = open_eval(config, experiment.spec, mesh, platform, batch_size=size)
         like = experiment.abstract_state().variables

@@ -10,11 +10,10 @@ import ml_collections
 from resattn_jax import runtime
 from resattn_jax.classifier import Classifier, open_net
 from resattn_jax.cli import Command
-from resattn_jax.config import for_measuring
-from resattn_jax.data.pipelines import for_evaluation, open_eval
+from resattn_jax.data.pipelines import open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.errors import RunError, UsageError, printable
-from resattn_jax.experiment import build
+from resattn_jax.experiment import build_to_measure
 from resattn_jax.mistakes import Assessment, assess
 from resattn_jax.modes.attention import pixels
 from resattn_jax.report.attention import look
@@ -62,10 +61,9 @@ def measure(net: Classifier, devices: list[jax.Device] | None = None) -> Measure
     Raises UsageError when the data cannot be opened, and RunError when a device is out of memory.
     """
     mesh = runtime.make_mesh(devices)
-    config = for_measuring(net.config, mesh.size)
-    experiment = build(config, for_evaluation(config, net.spec), mesh)
+    experiment = build_to_measure(net.config, net.spec, mesh)
     size = experiment.eval_batch_size
-    stream = open_eval(config, experiment.spec, mesh, experiment.platform, batch_size=size)
+    stream = open_eval(net.config, experiment.spec, mesh, experiment.platform, batch_size=size)
     variables = jax.device_put(net.variables, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     assessment = assess(experiment, variables, stream)
     mistakes = list(_mistakes(net, assessment))
