@@ -31,11 +31,11 @@ from resattn_jax.checkpoint import Reader
 from resattn_jax.run import Run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 160
+STEPS = 80
 _RUN = [
     *(f"--config.model.{units}=0" for units in ("p", "t", "r", "last")),
-    "--config.batch_size=32",
-    *(f"--config.total_steps={STEPS}", "--config.schedule.warmup=10 steps", "--config.log_every=20 steps"),
+    *("--config.batch_size=16", "--config.eval.max_examples=100"),
+    *(f"--config.total_steps={STEPS}", "--config.schedule.warmup=10 steps", "--config.log_every=10 steps"),
     *("--config.eval.every=40 steps", "--config.checkpoint.every=7 steps"),
 ]
 

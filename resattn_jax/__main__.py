@@ -58,6 +58,8 @@ def program(run: Callable[[list[str]], int | None] = main) -> int:
         if not isinstance(error, buckets.faults()[1:]):
             raise
         message, status = f"error: the bucket cannot be reached: {reason(error)}", 1
+    finally:
+        gc.freeze()  # Python looks for garbage once more before it ends, a second's work in which nothing is freed
     print(message, file=sys.stderr)
     return status
 

@@ -3,6 +3,7 @@
 Compiled programs are kept between tests.
 """
 
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -20,6 +21,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Most of the time goes into compiling small programs; with these it is half. Wide vectors are long to compile.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody asks a program which line wrote an operation
 QUICK_TO_COMPILE = "--xla_cpu_opt_preset=fast_compile --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later XLA may end the process: it is unknown there
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
@@ -38,17 +40,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-BUILT = {}
+BUILT = {}  # the first experiment with the same programs
+
+# What of a config is in none of them; the lengths neither, where the rate is constant.
+NOT_COMPILED = ("seed", "log_every", "tracker", "watchdog_minutes", "eval.every", "eval.max_examples", "checkpoint")
+NOT_COMPILED += ("data.workers", "data.broken", "init_from")
+LENGTHS = ("total_epochs", "total_steps")
 
 
-def built_once(build, config, spec, mesh, platform=None):
-    """`experiment.build`, which is asked once for each config."""
+def built_with_shared_programs(build, config, spec, mesh, platform=None):
+    """`experiment.build`; what it jits is traced and compiled once for all experiments with the same programs."""
+    from resattn_jax.config import flatten
     from resattn_jax.models.nets import NETS
 
-    key = config.to_json(), json.dumps(spec.to_plain()), mesh, platform, NETS.get(config.model.name)
-    if key not in BUILT:
-        BUILT[key] = build(config, spec, mesh, platform)
-    return BUILT[key]
+    experiment = build(config, spec, mesh, platform)
+    aside = NOT_COMPILED + LENGTHS * (config.schedule.name == "constant")
+    compiled = {key: value for key, value in flatten(config).items() if not key.startswith(aside)}
+    steps = experiment.durations("schedule.warmup"), experiment.recipe.mixup_until
+    key = json.dumps([compiled, spec.to_plain(), steps]), mesh, platform, NETS.get(config.model.name)
+    first = BUILT.setdefault(key, experiment)
+    if first is not experiment:
+        experiment = dataclasses.replace(experiment, model=first.model, optimizer=first.optimizer)
+        shared = ("train_steps", "sam_steps", "eval_step", "_shapes")
+        vars(experiment).update({name: getattr(first, name) for name in shared})
+    return experiment
 
 
 @pytest.fixture
@@ -75,7 +90,7 @@ def tiny_config(monkeypatch):
 
 @pytest.fixture
 def shared_programs(monkeypatch):
-    """What is built for one config and the same devices is built once, so that later runs trace and compile nothing.
+    """Runs with the same programs on the same devices share them, so that later ones trace and compile nothing.
 
     For tests of what a run does, not of what it computes: a test that replaces a part of the net or of the step must
     not use it.
@@ -85,9 +100,9 @@ def shared_programs(monkeypatch):
     from resattn_jax import experiment
     from resattn_jax.modes import train
 
-    once = functools.partial(built_once, experiment.build)
+    shared = functools.partial(built_with_shared_programs, experiment.build)
     for module in (helpers, experiment, train):
-        monkeypatch.setattr(module, "build", once)
+        monkeypatch.setattr(module, "build", shared)
 
 
 @pytest.fixture

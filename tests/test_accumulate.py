@@ -1,6 +1,7 @@
 """Gradient accumulation: a batch seen in micro-batches, one update. A micro-batch is to the net what a device is."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,13 @@ def one_step(model, accumulate, devices, platform=CPU):
     return before, jax.device_get(after), {name: float(value[0]) for name, value in metrics.items()}
 
 
+@functools.cache
+def one_straight_step(name, accumulate):
+    """`one_step` on one device of a net of this name, without a loop. What several tests compare with."""
+    model = NoBatchNorm() if name == "NoBatchNorm" else create_model(name, num_classes=10)
+    return one_step(model, accumulate, jax.devices()[:1])
+
+
 def assert_close(a, b, tolerance):
     for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
         difference = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
@@ -88,7 +96,7 @@ class NoBatchNorm(nn.Module):
 @pytest.mark.parametrize("accumulate", [2, 4, 16])
 def test_without_batch_statistics_it_is_the_large_batch(accumulate, one_device):
     """The same crops, flips, mixup pairs and targets, and so the same loss and gradients, within rounding."""
-    _, large, large_metrics = one_step(NoBatchNorm(), 1, one_device)
+    _, large, large_metrics = one_straight_step("NoBatchNorm", 1)
     SEEN.clear()
     _, small, small_metrics = one_step(NoBatchNorm(), accumulate, one_device)
     assert set(SEEN) - {1} <= {16 // accumulate}  # and 1 where the state is made
@@ -100,8 +108,8 @@ def test_without_batch_statistics_it_is_the_large_batch(accumulate, one_device):
 def test_with_them_it_is_the_average_over_the_micro_batches(tiny_config, one_device):
     """Gradients and running statistics of 4 images at a time, worked out one after the other and averaged here."""
     model = create_model("ra_micro", num_classes=10)
-    before, after, metrics = one_step(model, 4, one_device)
-    _, large, _ = one_step(model, 1, one_device)
+    before, after, metrics = one_straight_step("ra_micro", 4)
+    _, large, _ = one_straight_step("ra_micro", 1)
 
     def inputs(images, labels):
         return network_inputs(recipe(1), 0, images, labels, 10)
@@ -142,7 +150,7 @@ def test_micro_batches_are_what_devices_are(tiny_config):
 def test_accelerators_run_them_in_a_loop_that_needs_less_memory(tiny_config, one_device):
     """The CPU has them one after the other without a loop, to the same result."""
     model = create_model("ra_micro", num_classes=10)
-    _, straight, _ = one_step(model, 4, one_device)
+    _, straight, _ = one_straight_step("ra_micro", 4)
     loops = dataclasses.replace(CPU, loops=TPU.loops)
     _, looped, _ = one_step(model, 4, one_device, loops)
     assert_close(looped.params, straight.params, 1e-5)

@@ -28,7 +28,7 @@ from resattn_jax.models.nets import NETS, Spec, Stage, Stem
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["--config.total_steps=2", "--config.schedule.warmup=0 steps", "--config.model.name=ra56_cifar_slim"]
 STAGES = (Stage(8, modules=1, depth=1, stride=2), Stage(16, modules=0, depth=0, stride=1))
-MICRO = Spec(stem=Stem(8, 3), stages=STAGES, p=0, t=1, last=0)  # goes by that name
+MICRO = Spec(stem=Stem(8, 3), stages=STAGES, p=0, t=0, last=0)  # goes by that name
 PICTURES = ["--config.data.image_size=16", "--config.batch_size=4", "--config.eval.batch_size=4"]
 
 # Stands for every program: writes down how it was called.

@@ -111,9 +111,9 @@ def test_a_killed_run_leaves_no_data_workers(tmp_path):
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_killed_at_ten_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
+def test_killed_at_six_moments_a_run_becomes_what_one_never_killed_is(tmp_path):
     """kill -9, saves included: weights to the bit, each logged step once, the same result. The benchmark does 100."""
-    killed = kills.kill(tmp_path, 0, iter([0.05 + 0.17 * moment for moment in range(10)]), 10)
+    killed = kills.kill(tmp_path, 0, iter([0.05 + 0.3 * moment for moment in range(6)]), 6)
     assert killed.differs == []
     assert killed.kills >= 3
     assert (tmp_path / "killed" / "lock").exists()

@@ -256,6 +256,7 @@ def folder_config(tiny_config, folder):
     return c
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_on_a_folder_learns_keeps_the_classes_and_is_measured(folder_config, tmp_path, folder):
     folder_config.total_steps = 40
     result = train_and_evaluate(folder_config, tmp_path / "run", jax.devices()[:2])
@@ -272,6 +273,7 @@ def test_a_run_on_a_folder_learns_keeps_the_classes_and_is_measured(folder_confi
         evaluate_checkpoint(folder_config, tmp_path / "run", "newest", jax.devices()[:1])
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(folder_config, one_device, tmp_path):
     straight = folder_config.copy_and_resolve_references()
     train_and_evaluate(straight, tmp_path / "straight", one_device)
@@ -284,6 +286,7 @@ def test_a_streamed_run_that_was_stopped_goes_on_to_the_same_weights(folder_conf
     assert_same_bits(first, second)
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_thirty_broken_files_in_a_folder_are_named_counted_and_left_out(folder_config, folder, one_device, tmp_path):
     for name, data in broken_files().items():
         suffix = name.rpartition(".")[2].replace("jpeg", "jpg")

@@ -9,9 +9,12 @@ import pytest
 from helpers import assert_same_bits, built, final_state, lines, run_steps, stop_at
 
 from resattn_jax.checkpoint import Reader, Writer
+from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.errors import Interrupted, RunError, UsageError
+from resattn_jax.experiment import build
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.runtime import make_mesh
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -139,13 +142,21 @@ def test_the_config_is_not_changed_by_its_reader(tiny_config, one_device, tmp_pa
     assert tiny_config.to_json() == before
 
 
-def test_runs_of_other_seeds_share_their_programs(tiny_config, one_device):
-    """Nothing of the seed is in the compiled program, while each seed has weights and batches of its own."""
+def test_runs_of_other_seeds_and_lengths_share_their_programs(tiny_config, one_device):
+    """Nothing of them is in the compiled program, nor of when is logged, measured and saved; `shared_programs` takes
+    that for granted. Each seed has weights and batches of its own.
+    """
+    other = tiny_config.copy_and_resolve_references()
+    other.update(seed=2**32 - 1, total_steps=20, log_every="1 steps", watchdog_minutes=1.0)
+    other.eval.update(every="5 steps", max_examples=50)
+    other.checkpoint.update(every="3 steps", keep_newest=5)
+    other.data.update(workers=2, broken="skip")
     programs, losses = [], []
-    for seed in (0, 2**32 - 1):
-        tiny_config.seed = seed
-        experiment = built(tiny_config, one_device)
+    for config in tiny_config, other:
+        config.update(steps_per_dispatch=1)
+        config.schedule.name, config.augment.mixup_off_last = "constant", "0 steps"
+        experiment = build(config, TrainingData(config).spec, make_mesh(one_device))  # not that of the fixture
         programs.append(experiment.train_steps.lower(*experiment.train_shapes()).as_text())
-        losses.append(run_steps(tiny_config, one_device, 1)[1][0]["loss"])
+        losses.append(run_steps(config, one_device, 1)[1][0]["loss"])
     assert programs[0] == programs[1]
     assert losses[0] != losses[1]
