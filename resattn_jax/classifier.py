@@ -21,7 +21,7 @@ from etils import epath
 
 from resattn_jax import runtime
 from resattn_jax.data.pictures import BrokenPicture, Picture, to_mode
-from resattn_jax.data.pipelines import describe_for, eval_transform, open_eval
+from resattn_jax.data.pipelines import describe_for, eval_transform
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.data.transforms import EvalTransform
 from resattn_jax.errors import UsageError, nearest, printable, reason
@@ -216,12 +216,11 @@ class Classifier:
         split: such as "train", "test" or "test[:50%]"; None: config.data.eval_split. The data set has to be where
         config.data says. Raises UsageError when it is not, there is no such split, or its classes are not the net's.
         """
-        config, experiment = self.config.copy_and_resolve_references(), self._experiment
+        config = self.config.copy_and_resolve_references()
         if split is not None:
             config.data.eval_split = split
-        size = experiment.eval_batch_size
-        stream = open_eval(config, self.spec, experiment.mesh, experiment.platform, batch_size=size)
-        return {**experiment.evaluate(self.variables, stream), "class_names": self.labels}
+        stream = self._experiment.open_eval(config)
+        return {**self._experiment.evaluate(self.variables, stream), "class_names": self.labels}
 
     # ---- Programs, one for each number of images that is a power of two.
 

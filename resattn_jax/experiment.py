@@ -1,4 +1,4 @@
-"""What a config describes, built for the devices of a mesh. It opens no data: a `DataSpec` says what it needs."""
+"""What a config describes, built for the devices of a mesh. Building opens no data: a `DataSpec` says what it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from resattn_jax import metrics
 from resattn_jax.config import Durations, check_values, for_measuring
 from resattn_jax.data import resident, streaming
-from resattn_jax.data.pipelines import EvalStream, for_evaluation
+from resattn_jax.data.pipelines import EvalStream, for_evaluation, open_eval
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
@@ -29,7 +29,7 @@ from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.optimizer import changes_value_by_value, make_optimizer, make_schedule
 from resattn_jax.runtime import Platform, device_faults, platform_of
 from resattn_jax.state import TrainState
-from resattn_jax.train_step import Recipe, Take, make_eval_step, make_train_steps
+from resattn_jax.train_step import Recipe, Take, make_eval_step, make_inputs, make_train_steps
 
 NEVER = 2**31 - 1  # a step that no run reaches; unlike its last one the same in the programs of runs of all lengths
 EVENTS = {"log": "log_every", "eval": "eval.every", "save": "checkpoint.every"}
@@ -83,6 +83,14 @@ class Experiment:
         parts = self.model, self.optimizer, recipe, self.mesh, self.platform
         return make_train_steps(*parts, take, self.steps_per_dispatch, pack=pack)
 
+    def open_eval(self, config: ml_collections.ConfigDict) -> EvalStream:
+        """The stream of config.data.eval_split for these devices, as `pipelines.open_eval` gives it."""
+        return open_eval(config, self.spec, self.mesh, self.platform, batch_size=self.eval_batch_size)
+
+    def on_every_device(self, tree: Any) -> Any:
+        """A tree of arrays, whole on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
     def train_shapes(self) -> tuple[TrainState, Any, Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """The arguments of `train_steps` as shapes, dtypes and shardings: (state, arrays, batches, span, seed)."""
         arrays, batches = self._pipeline.train_shapes(self.spec, self.batch_size, self.steps_per_dispatch, self.mesh)
@@ -92,6 +100,11 @@ class Experiment:
         return self.abstract_state(), arrays, batches, span, seed
 
     @functools.cache  # noqa: B019 — an experiment lives as long as its process
+    def first_inputs(self, take: Take, count: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """What `make_inputs` gives for a stream's `take`, jitted."""
+        return make_inputs(self.recipe, self.spec.num_classes, self.mesh, take, count)
+
+    @functools.cache  # noqa: B019
     def eval_step(self, take: Take) -> Callable[..., Sums]:
         """What `make_eval_step` gives for a stream's `take`, jitted."""
         return make_eval_step(self.model, self.recipe, self.mesh, self.platform, take)

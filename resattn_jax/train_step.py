@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax.augment import augment, mix, normalize, recolor
@@ -207,6 +207,27 @@ def make_train_steps(
         steps, mesh=mesh, in_specs=(P(), P(), P(None, "data"), P(), P()), out_specs=(P(), P()), check_vma=False
     )
     return jax.jit(spread, donate_argnums=0, compiler_options=compiler_options(platform, mesh))
+
+
+def make_inputs(
+    recipe: Recipe, num_classes: int, mesh: Mesh, take: Take, count: int
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Compiles what the first training step shows its net: (arrays, batches, seed) -> the first `count` images of the
+    batch after all augmentation, float32 [count, H, W, C], and their targets, float32 [count, num_classes], whole on
+    every device. arrays, batches, seed: as `make_train_steps` takes them.
+    """
+
+    def inputs(arrays: Any, batches: Any, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images, labels = take(arrays, jax.tree.map(lambda x: x[0], batches))
+        return network_inputs(dataclasses.replace(recipe, seed=seed), jnp.int32(0), images, labels, num_classes)
+
+    specs = (P(), P(None, "data"), P())
+    spread = jax.shard_map(inputs, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+
+    def first(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: x[:count], spread(*arguments))  # no host may have room for the whole batch
+
+    return jax.jit(first, out_shardings=NamedSharding(mesh, P()))
 
 
 def predict(model: nn.Module, recipe: Recipe, variables: Any, images: jax.Array) -> jax.Array:

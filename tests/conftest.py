@@ -61,7 +61,7 @@ def built_with_shared_programs(build, config, spec, mesh, platform=None):
     first = BUILT.setdefault(key, experiment)
     if first is not experiment:
         experiment = dataclasses.replace(experiment, model=first.model, optimizer=first.optimizer)
-        shared = ("train_steps", "sam_steps", "eval_step", "_shapes")
+        shared = ("train_steps", "sam_steps", "eval_step", "first_inputs", "_shapes")
         vars(experiment).update({name: getattr(first, name) for name in shared})
     return experiment
 

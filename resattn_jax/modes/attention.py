@@ -16,7 +16,6 @@ from resattn_jax.classifier import Classifier, Image, open_net
 from resattn_jax.cli import Command
 from resattn_jax.data.listing import list_pictures, split_rows
 from resattn_jax.data.pictures import BrokenPicture, Picture
-from resattn_jax.data.pipelines import open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.data.spec import DataSpec, check_same_classes
 from resattn_jax.errors import UsageError, printable, reason
@@ -109,9 +108,7 @@ def summarise_net(net: Classifier, devices: list[jax.Device] | None = None) -> S
     """Measures a net's modules over config.data.eval_split, the centre view of each picture, on all devices."""
     config = _single_view(net.config)
     experiment = build_to_measure(config, net.spec, runtime.make_mesh(devices))
-    mesh, size = experiment.mesh, experiment.eval_batch_size
-    stream = open_eval(config, experiment.spec, mesh, experiment.platform, batch_size=size)
-    variables = jax.device_put(net.variables, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    stream, variables = experiment.open_eval(config), experiment.on_every_device(net.variables)
     return summarise(experiment, variables, stream, say=lambda what: print(what, flush=True))
 
 

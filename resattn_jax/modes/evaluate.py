@@ -11,7 +11,7 @@ from etils import epath
 from resattn_jax import runtime
 from resattn_jax.checkpoint import Reader
 from resattn_jax.cli import Command
-from resattn_jax.data.pipelines import describe, open_eval
+from resattn_jax.data.pipelines import describe
 from resattn_jax.experiment import build_to_measure
 from resattn_jax.report.console import print_evaluation
 from resattn_jax.run import Run
@@ -42,10 +42,8 @@ def evaluate_checkpoint(
         if spec is None:  # a run older than the file, or an imported net
             spec = describe(config)
             run.check_data(spec)
-        mesh = runtime.make_mesh(devices)
-        experiment = build_to_measure(config, spec, mesh)
-        platform, size = experiment.platform, experiment.eval_batch_size
-        stream = open_eval(config, experiment.spec, mesh, platform, batch_size=size)
+        experiment = build_to_measure(config, spec, runtime.make_mesh(devices))
+        stream = experiment.open_eval(config)
         like = experiment.abstract_state().variables
         step, variables = checkpoints.first_readable(steps, lambda s: checkpoints.read_eval_variables(s, like))
     return {"step": step, **experiment.evaluate(variables, stream), "class_names": spec.class_names}

@@ -10,7 +10,6 @@ import ml_collections
 from resattn_jax import runtime
 from resattn_jax.classifier import Classifier, open_net
 from resattn_jax.cli import Command
-from resattn_jax.data.pipelines import open_eval
 from resattn_jax.data.sources import open_source
 from resattn_jax.errors import RunError, UsageError, printable
 from resattn_jax.experiment import build_to_measure
@@ -60,12 +59,9 @@ def measure(net: Classifier, devices: list[jax.Device] | None = None) -> Measure
 
     Raises UsageError when the data cannot be opened, and RunError when a device is out of memory.
     """
-    mesh = runtime.make_mesh(devices)
-    experiment = build_to_measure(net.config, net.spec, mesh)
-    size = experiment.eval_batch_size
-    stream = open_eval(net.config, experiment.spec, mesh, experiment.platform, batch_size=size)
-    variables = jax.device_put(net.variables, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    assessment = assess(experiment, variables, stream)
+    experiment = build_to_measure(net.config, net.spec, runtime.make_mesh(devices))
+    stream = experiment.open_eval(net.config)
+    assessment = assess(experiment, experiment.on_every_device(net.variables), stream)
     mistakes = list(_mistakes(net, assessment))
     return Measured(net=str(net), labels=net.labels, assessment=assessment, mistakes=mistakes)
 

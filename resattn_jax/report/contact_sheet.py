@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from resattn_jax.data.pipelines import TrainStream
 from resattn_jax.experiment import Experiment
-from resattn_jax.train_step import network_inputs
 
 _COLUMNS, _SMALLEST, _TEXT = 8, 128, 32  # images a row; pixels: the least side of an image, the lines under it
 
@@ -28,20 +22,7 @@ def contact_sheet(experiment: Experiment, train: TrainStream, batches: Any, coun
     off at black and white). A mixed image has its two largest shares under it. Every host of a run has to call it.
     """
     recipe, names = experiment.recipe, experiment.spec.class_names
-
-    def inputs(arrays: Any, batches: Any, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images, labels = train.take(arrays, jax.tree.map(lambda x: x[0], batches))
-        return network_inputs(dataclasses.replace(recipe, seed=seed), jnp.int32(0), images, labels, len(names))
-
-    specs = (P(), P(None, "data"), P())
-    spread = jax.shard_map(inputs, mesh=experiment.mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-
-    def shown(*arguments: Any) -> Any:
-        return jax.tree.map(lambda x: x[:count], spread(*arguments))  # no host may have room for the whole batch
-
-    everywhere = NamedSharding(experiment.mesh, P())
-    seed = np.uint32(recipe.seed)  # an argument, as in a step, so that other seeds find the program in the cache
-    found = jax.jit(shown, out_shardings=everywhere)(train.arrays, batches, seed)
+    found = experiment.first_inputs(train.take, count)(train.arrays, batches, np.uint32(recipe.seed))
     images, targets = map(np.asarray, found)
     pixels = np.clip((images * recipe.std + recipe.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
     return _drawn(pixels, [_caption(target, names, recipe.label_smoothing) for target in targets])
