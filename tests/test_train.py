@@ -6,9 +6,11 @@ import signal
 import jax
 import numpy as np
 import pytest
+from conftest import NOT_COMPILED
 from helpers import assert_same_bits, built, final_state, lines, run_steps, stop_at
 
 from resattn_jax.checkpoint import Reader, Writer
+from resattn_jax.config import flatten
 from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.experiment import build
@@ -143,14 +145,17 @@ def test_the_config_is_not_changed_by_its_reader(tiny_config, one_device, tmp_pa
 
 
 def test_runs_of_other_seeds_and_lengths_share_their_programs(tiny_config, one_device):
-    """Nothing of them is in the compiled program, nor of when is logged, measured and saved; `shared_programs` takes
-    that for granted. Each seed has weights and batches of its own.
+    """Nothing of them is in the compiled program, nor of any key that `shared_programs` leaves out of account. Each
+    seed has weights and batches of its own.
     """
     other = tiny_config.copy_and_resolve_references()
     other.update(seed=2**32 - 1, total_steps=20, log_every="1 steps", watchdog_minutes=1.0)
+    other.update(tracker="wandb", init_from="elsewhere")
     other.eval.update(every="5 steps", max_examples=50)
     other.checkpoint.update(every="3 steps", keep_newest=5)
     other.data.update(workers=2, broken="skip")
+    changed = {key for key, value in flatten(other).items() if flatten(tiny_config)[key] != value}
+    assert all(any(key.startswith(name) for key in changed) for name in NOT_COMPILED)
     programs, losses = [], []
     for config in tiny_config, other:
         config.update(steps_per_dispatch=1)
