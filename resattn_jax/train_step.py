@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from resattn_jax.augment import augment, mix, normalize, recolor
 from resattn_jax.metrics import Sums, sums
+from resattn_jax.optimizer import global_norm
 from resattn_jax.packed import PackedState
 from resattn_jax.runtime import Platform, compiler_options
 from resattn_jax.state import TrainState, random_key
@@ -73,7 +74,7 @@ def network_inputs(
 
 def ascend(params: Any, gradients: Any, rho: float) -> Any:
     """The weights where SAM takes its gradient, `rho` away up the gradient (Foret et al., 2021, arXiv 2010.01412)."""
-    scale = rho / (optax.tree.norm(gradients) + 1e-12)
+    scale = rho / (global_norm(gradients) + 1e-12)
     return jax.tree.map(lambda p, g: p + scale * g, params, gradients)
 
 
@@ -131,7 +132,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     ema = state.ema and follow(state.ema, {"params": params, "batch_stats": batch_stats}, state.step, recipe.ema_decay)
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-    return state, {"loss": loss, "top1": top1, "gradient_norm": optax.tree.norm(grads)}
+    return state, {"loss": loss, "top1": top1, "gradient_norm": global_norm(grads)}
 
 
 def follow(ema: Any, variables: Any, step: jax.Array, decay: float | None) -> Any:
@@ -147,8 +148,9 @@ def mean_over_devices(gradients: Any, rest: Any, dtype: str) -> tuple[Any, Any]:
     Runs inside shard_map. bfloat16 rounds each device's gradient, and their mean, by up to 2^-9 of it.
     """
     sent = jax.tree.map(lambda g: g.astype(dtype), gradients) if dtype != "float32" else gradients
-    means, rest = jax.lax.pmean((sent, rest), "data")
-    return jax.tree.map(lambda mean, g: mean.astype(g.dtype), means, gradients), rest
+    if jax.lax.axis_size("data") > 1:  # XLA for the CPU would copy everything
+        sent, rest = jax.lax.pmean((sent, rest), "data")
+    return jax.tree.map(lambda mean, g: mean.astype(g.dtype), sent, gradients), rest
 
 
 def make_train_steps(
@@ -187,9 +189,10 @@ def make_train_steps(
             before, kernels, metrics = carry
             after, new = one_step(before, *take(arrays, jax.tree.map(lambda x: x[i], batches)), packed, kernels)
             good = jnp.isfinite(new["loss"]) & jnp.isfinite(new["gradient_norm"]) & (before.step == span[0] + i)
+            good = jax.lax.optimization_barrier(good)  # as in make_schedule
             if recipe.skip_not_finite:
                 before = dataclasses.replace(before, step=after.step)
-            state = jax.tree.map(functools.partial(jnp.where, good), after, before)
+            state = jax.tree.map(functools.partial(jax.lax.select, good), after, before)
             metrics = jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
             return state, packed.kernels(state) if packed else (), metrics
 

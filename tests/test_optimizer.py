@@ -10,7 +10,7 @@ from configs import cifar10_ra92, cifar10_ra92_mixup, default
 from resattn_jax.config import Durations, check
 from resattn_jax.errors import UsageError
 from resattn_jax.models import create_model
-from resattn_jax.optimizer import make_optimizer, make_schedule
+from resattn_jax.optimizer import global_norm, make_optimizer, make_schedule
 
 
 def schedule(examples=1000, **values):
@@ -127,6 +127,18 @@ def test_clipping_bounds_the_global_norm():
     """A gradient (3, 3) has norm 3 sqrt(2); clipped to 1 each part is 1 / sqrt(2)."""
     w, b = updates([3.0], weight_decay=0.0, momentum=0.0, clip_norm=1.0)
     assert w == b == pytest.approx(1 - 0.1 / 2**0.5, rel=1e-5)
+
+
+def test_the_global_norm_is_of_all_values_together():
+    """1 + 4 + 9 + 16 + 25 + 36 = 91, of a scalar, two vectors and a matrix."""
+    kernel = jnp.array([[4.0], [-5.0]])
+    tree = {
+        "scalar": jnp.array(1.0),
+        "bias": jnp.array([2.0, -3.0]),
+        "layer": {"kernel": kernel, "scale": jnp.array([6.0])},
+    }
+    assert float(global_norm(tree)) == pytest.approx(91**0.5, rel=1e-6)
+    assert float(global_norm({"kernel": kernel})) == pytest.approx(41**0.5, rel=1e-6)
 
 
 def test_lars_scales_a_kernels_step_by_the_ratio_of_its_norm_to_its_gradients():

@@ -34,6 +34,19 @@ def test_the_options_of_the_cpu_leave_convolutions_to_eigen_and_change_no_result
     assert in_a_fusion_for_ynnpack == [True, False]
 
 
+def test_a_barrier_of_the_cpus_programs_stays_until_they_are_fused():
+    """What is behind one is worked out once, not again in each kernel that uses it."""
+    mesh = runtime.make_mesh(jax.devices()[:1])
+
+    def scaled(scale, *arrays):
+        return [jax.lax.optimization_barrier(scale**2 + 1) * array for array in arrays]
+
+    arguments = np.float32(3), np.ones(5, np.float32), np.ones(7, np.float32)
+    program = jax.jit(scaled, compiler_options=runtime.compiler_options(runtime.CPU, mesh)).lower(*arguments).compile()
+    assert " opt-barrier(" in program.as_text()
+    assert [float(array[0]) for array in program(*arguments)] == [10, 10]
+
+
 def test_gpus_and_an_xla_without_the_option_have_none(monkeypatch):
     mesh = runtime.make_mesh(jax.devices()[:1])
     assert runtime.compiler_options(runtime.GPU, mesh) is None
