@@ -78,6 +78,12 @@ class Experiment:
         """The same with SAM, of the same arguments. Not packed: bfloat16 kernels would round SAM's small way off."""
         return self._make_train_steps(dataclasses.replace(self.recipe, sam_rho=self.sam_rho), pack=False)
 
+    def steps_from(self, step: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]] | None:
+        """What the steps after `step` are done by: `train_steps` or `sam_steps`, None at the end of the run."""
+        if step >= self.durations.total:
+            return None
+        return self.train_steps if step < self.sam_from else self.sam_steps
+
     def _make_train_steps(self, recipe: Recipe, pack: bool) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         take = resident.train_take(recipe.augment.alternating_flip) if self.spec.resident else streaming.take
         parts = self.model, self.optimizer, recipe, self.mesh, self.platform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -12,6 +13,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -84,10 +86,10 @@ def kept_folder() -> pathlib.Path | None:
 
 
 @functools.cache
-def _events() -> collections.Counter[str]:
-    """How often JAX has reported each of its events (`jax.monitoring`), counted from the first call on."""
-    counter: collections.Counter[str] = collections.Counter()
-    jax.monitoring.register_event_listener(lambda event, **_: counter.update([event]))
+def _events() -> collections.Counter[tuple[str, int]]:
+    """How often JAX has reported each event (`jax.monitoring`) in each thread, counted from the first call on."""
+    counter: collections.Counter[tuple[str, int]] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: counter.update([(event, threading.get_ident())]))
     return counter
 
 
@@ -237,12 +239,28 @@ class Compiled:
 
 def compile_timed(function: Any, *arguments: Any) -> Compiled:
     """Compiles a jitted function for arguments or their shapes."""
-    hits, began = _events()[_CACHE_HIT], time.perf_counter()
-    program = function.lower(*arguments).compile()
-    return Compiled(program, time.perf_counter() - began, _events()[_CACHE_HIT] > hits)
+    began = time.perf_counter()
+    return _compile(function.lower(*arguments), began)
 
 
-_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+def compile_meanwhile(function: Any, *arguments: Any) -> concurrent.futures.Future[Compiled]:
+    """Traces a jitted function for arguments or their shapes, and compiles it in a thread while the caller goes on.
+
+    XLA needs no Python for it, so that neither waits for the other.
+    """
+    began = time.perf_counter()
+    lowered = function.lower(*arguments)
+    thread = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    compiling = thread.submit(_compile, lowered, began)
+    thread.shutdown(wait=False)  # it ends when it has compiled
+    return compiling
+
+
+def _compile(lowered: jax.stages.Lowered, began: float) -> Compiled:
+    hit = "/jax/compilation_cache/cache_hits", threading.get_ident()
+    hits = _events()[hit]
+    program = lowered.compile()
+    return Compiled(program, time.perf_counter() - began, _events()[hit] > hits)
 
 
 def agreed(number: int, *, due: bool) -> int:

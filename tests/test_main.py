@@ -80,7 +80,7 @@ def test_a_run_says_where_the_time_until_its_first_step_went(tmp_path):
     wall = time.perf_counter() - began
     [line] = [line for line in done.stdout.splitlines() if line.startswith("first step after")]
     said = re.fullmatch(
-        r"first step after (\S+) s: (\S+) s imports and devices, (\S+) s data, (\S+) s first weights,"
+        r"first step after (\S+) s: (\S+) s imports and devices, (\S+) s data, (\S+) s tracing, (\S+) s first weights,"
         r" (\S+) s compiling(?: \(from the cache\))?, (\S+) s drawing the first batch, (\S+) s first step",
         line,
     )

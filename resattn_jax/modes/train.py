@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from resattn_jax.report.mask_sheet import MaskSheet
 from resattn_jax.report.tracker import check_installed
 from resattn_jax.report.training import Report
 from resattn_jax.run import Run
+from resattn_jax.runtime import Compiled
 from resattn_jax.signals import SIGNALS, Signals
 from resattn_jax.state import Progress, TrainState
 from resattn_jax.watchdog import Watchdog
@@ -94,8 +96,7 @@ def train_and_evaluate(
         _introduce(report, experiment, config, run, data, notes)
         masks = MaskSheet(experiment, data)
         training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog, trace)
-        training.restore()
-        training.compile()
+        training.start()
         with SIGNALS.held() as signals:
             training.loop(signals)
             return training.finish(run)
@@ -129,6 +130,20 @@ class Training:
         self.warm = False  # the first dispatch of a process is slower, and not timed if there are more
         self._running: tuple[int, int, dict[str, jax.Array]] | None = None  # a dispatch not looked at yet
 
+    def start(self) -> None:
+        """Makes the state, while XLA compiles the program of its next steps."""
+        expected = self.experiment.steps_from(max(self.checkpoints.steps(), default=0))
+        compiling = self.begin_to_compile(expected) if expected else None
+        self.startup.done("tracing")
+        self.restore()
+        self.startup.done("checkpoint" if self.step else "first weights")
+        steps = self.experiment.steps_from(self.step)
+        if steps is not expected:  # the newest checkpoint is damaged, and one before it was read
+            compiling = self.begin_to_compile(steps)
+        if compiling:
+            cached = self.end_compiling(compiling)
+            self.startup.done("compiling (from the cache)" if cached else "compiling")
+
     def restore(self) -> None:
         """Makes the state, of the first of these that there is:
 
@@ -158,22 +173,16 @@ class Training:
         self.since_log = StepMeans(progress.since_log)
         self.report.begin(self.step, self.config, runtime.describe_versions(self.experiment.mesh))
 
-    def compile(self) -> None:
-        """Compiles the train step ahead of the first, so that its time is told apart."""
-        if self.step == self.total:
-            return
-        self.startup.done("checkpoint" if self.step else "first weights")
-        cached = self.compile_step()
-        self.startup.done("compiling (from the cache)" if cached else "compiling")
-
-    def compile_step(self) -> bool:
-        """Compiles the program of the steps from here on. Returns whether the cache had it."""
-        experiment = self.experiment
-        steps, which = experiment.train_steps, "train step"
-        if self.step >= experiment.sam_from:
-            steps, which = experiment.sam_steps, f"{which} with SAM, which begins after step {experiment.sam_from}"
+    def begin_to_compile(self, steps: Any) -> Future[Compiled]:
+        """Has a program of the experiment compiled in the background."""
+        sam = steps is self.experiment.sam_steps
+        which = f"train step with SAM, which begins after step {self.experiment.sam_from}" if sam else "train step"
         self.report.say(f"compiling the {which} …")
-        compiled = runtime.compile_timed(steps, *experiment.train_shapes())
+        return runtime.compile_meanwhile(steps, *self.experiment.train_shapes())
+
+    def end_compiling(self, compiling: Future[Compiled]) -> bool:
+        """Waits for the program of the steps from here on. Returns whether the cache had it."""
+        compiled = compiling.result()
         self.train_steps = compiled.program
         whence = "from" if compiled.cached else "the next start finds it in"
         self.report.say(f"compiled in {compiled.seconds:.1f} s ({whence} the cache)")
@@ -209,7 +218,7 @@ class Training:
                     stopping, f"stopped at step {self.step} of {self.total}; the same command goes on from there"
                 )
             if "sam" in due:
-                self.compile_step()
+                self.end_compiling(self.begin_to_compile(self.experiment.sam_steps))
             if due or not self.warm:
                 jax.block_until_ready(self.state.step)
                 self.warm = True
