@@ -234,6 +234,14 @@ class Reader:
         return UsageError(f"there is no checkpoint in {self.folder}; train first, or choose another --workdir")
 
 
+def newest_step(folder: epath.PathLike) -> int:
+    """The step of the newest checkpoint in a folder, 0 where there is none. Raises UsageError if it cannot be read."""
+    if not epath.Path(folder).is_dir():
+        return 0
+    with Reader(folder) as checkpoints:
+        return max(checkpoints.steps(), default=0)
+
+
 class Writer(Reader):
     """The checkpoints in a folder, which is made. Use it as a context manager.
 

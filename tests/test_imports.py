@@ -62,7 +62,7 @@ LAYERS = [
     ["__main__"],
     ["modes", "modes.*"],
     ["classifier", "trained", "export.*", "on_board", "fine_tune", "mask_statistics", "mistakes", "report", "report.*"],
-    ["experiment"],
+    ["experiment", "ahead"],
     ["train_step", "intermediates", "checkpoint", "optimizer"],
     ["augment", "trivial_augment", "packed", "state", "metrics", "run", "cli", "checksums", "export"],
     ["data", "data.*"],

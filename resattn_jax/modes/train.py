@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -16,7 +15,8 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax import profiler, runtime
-from resattn_jax.checkpoint import Writer
+from resattn_jax.ahead import StepsAhead
+from resattn_jax.checkpoint import Writer, newest_step
 from resattn_jax.cli import Command
 from resattn_jax.config import check
 from resattn_jax.data.order import batch_rows
@@ -33,7 +33,6 @@ from resattn_jax.report.mask_sheet import MaskSheet
 from resattn_jax.report.tracker import check_installed
 from resattn_jax.report.training import Report
 from resattn_jax.run import Run
-from resattn_jax.runtime import Compiled
 from resattn_jax.signals import SIGNALS, Signals
 from resattn_jax.state import Progress, TrainState
 from resattn_jax.watchdog import Watchdog
@@ -76,7 +75,10 @@ def train_and_evaluate(
     mesh = runtime.make_mesh(devices)
     startup.done("imports and devices")
     data = TrainingData(config)
+    startup.done("data")
     experiment = build(config, data.spec, mesh)
+    ahead = StepsAhead(experiment, newest_step(run.checkpoints))
+    startup.done("tracing")
     train = data.train_stream(
         mesh, experiment.platform, batch_size=config.batch_size, steps_per_dispatch=experiment.steps_per_dispatch
     )
@@ -95,7 +97,9 @@ def train_and_evaluate(
     ):
         _introduce(report, experiment, config, run, data, notes)
         masks = MaskSheet(experiment, data)
-        training = Training(config, experiment, train, evaluation, masks, checkpoints, report, startup, watchdog, trace)
+        training = Training(
+            config, experiment, ahead, train, evaluation, masks, checkpoints, report, startup, watchdog, trace
+        )
         training.start()
         with SIGNALS.held() as signals:
             training.loop(signals)
@@ -109,6 +113,7 @@ class Training:
         self,
         config: ml_collections.ConfigDict,
         experiment: Experiment,
+        ahead: StepsAhead,
         train: TrainStream,
         evaluation: EvalStream,
         masks: MaskSheet,
@@ -118,7 +123,8 @@ class Training:
         watchdog: Watchdog,
         trace: profiler.Profile,
     ):
-        self.config, self.experiment, self.train, self.evaluation = config, experiment, train, evaluation
+        self.config, self.experiment, self.ahead = config, experiment, ahead
+        self.train, self.evaluation = train, evaluation
         self.masks = masks
         self.checkpoints, self.report, self.startup, self.watchdog = checkpoints, report, startup, watchdog
         self.trace = trace
@@ -131,18 +137,12 @@ class Training:
         self._running: tuple[int, int, dict[str, jax.Array]] | None = None  # a dispatch not looked at yet
 
     def start(self) -> None:
-        """Makes the state, while XLA compiles the program of its next steps."""
-        expected = self.experiment.steps_from(max(self.checkpoints.steps(), default=0))
-        compiling = self.begin_to_compile(expected) if expected else None
-        self.startup.done("tracing")
+        """Makes the state, and waits for the program of its next steps."""
         self.restore()
         self.startup.done("checkpoint" if self.step else "first weights")
-        steps = self.experiment.steps_from(self.step)
-        if steps is not expected:  # the newest checkpoint is damaged, and one before it was read
-            compiling = self.begin_to_compile(steps)
-        if compiling:
-            cached = self.end_compiling(compiling)
-            self.startup.done("compiling (from the cache)" if cached else "compiling")
+        if compiled := self.ahead.wait(self.step, self.report.say):
+            self.train_steps = compiled.program
+            self.startup.done("compiling (from the cache)" if compiled.cached else "compiling")
 
     def restore(self) -> None:
         """Makes the state, of the first of these that there is:
@@ -173,21 +173,6 @@ class Training:
         self.since_log = StepMeans(progress.since_log)
         self.report.begin(self.step, self.config, runtime.describe_versions(self.experiment.mesh))
 
-    def begin_to_compile(self, steps: Any) -> Future[Compiled]:
-        """Has a program of the experiment compiled in the background."""
-        sam = steps is self.experiment.sam_steps
-        which = f"train step with SAM, which begins after step {self.experiment.sam_from}" if sam else "train step"
-        self.report.say(f"compiling the {which} …")
-        return runtime.compile_meanwhile(steps, *self.experiment.train_shapes())
-
-    def end_compiling(self, compiling: Future[Compiled]) -> bool:
-        """Waits for the program of the steps from here on. Returns whether the cache had it."""
-        compiled = compiling.result()
-        self.train_steps = compiled.program
-        whence = "from" if compiled.cached else "the next start finds it in"
-        self.report.say(f"compiled in {compiled.seconds:.1f} s ({whence} the cache)")
-        return compiled.cached
-
     def loop(self, signals: Signals) -> None:
         """Steps, log, evaluate, save, in this order, to the end. Raises Interrupted after a signal."""
         self.trace.begin_run(self.step, self.experiment.platform.name, self.report.say)
@@ -217,8 +202,8 @@ class Training:
                 raise Interrupted(
                     stopping, f"stopped at step {self.step} of {self.total}; the same command goes on from there"
                 )
-            if "sam" in due:
-                self.end_compiling(self.begin_to_compile(self.experiment.sam_steps))
+            if "sam" in due and (compiled := self.ahead.wait(self.step, self.report.say)):
+                self.train_steps = compiled.program
             if due or not self.warm:
                 jax.block_until_ready(self.state.step)
                 self.warm = True

@@ -17,16 +17,16 @@ class Startup:
 
     def __init__(self, began: float):
         self._began = self._last = began
-        self._parts: list[str] = []
+        self._parts: dict[str, float] = {}
 
-    def done(self, what: str) -> float:
-        """Ends a part that began where the one before ended, and returns its seconds."""
+    def done(self, what: str) -> None:
+        """Ends a part that began where the one before ended. A part may come in pieces."""
         seconds, self._last = time.perf_counter() - self._last, time.perf_counter()
-        self._parts.append(f"{seconds:.1f} s {what}")
-        return seconds
+        self._parts[what] = self._parts.get(what, 0.0) + seconds
 
     def __str__(self) -> str:
-        return f"first step after {self._last - self._began:.1f} s: {', '.join(self._parts)}"
+        parts = ", ".join(f"{seconds:.1f} s {what}" for what, seconds in self._parts.items())
+        return f"first step after {self._last - self._began:.1f} s: {parts}"
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
