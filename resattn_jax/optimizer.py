@@ -73,7 +73,10 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm of `most` where theirs is larger. It has no state, as optax's has none."""
+    """Scales gradients down to a global norm of `most` where theirs is larger.
+
+    What optax's does, by the norm that is also logged, so that a step computes it once. It has no state either.
+    """
 
     def clip(gradients: Any, params: Any) -> Any:
         scale = jnp.minimum(1, most / global_norm(gradients))
