@@ -97,7 +97,8 @@ def train_step(
     micro-batches may be a loop, which needs less memory. packed, kernels: how a packed state lies, and its kernels.
     With recipe.sam_rho a device, or a micro-batch, goes up its own gradient, without a word to others (m-sharpness),
     and the average is of the gradients found there. Loss, top-1 and running statistics are those of the weights.
-    Returns the new state, the same on all devices, and the global batch's loss (nats), top1 and gradient norm.
+    Returns the new state, the same on all devices, its moving average the old one, and the global batch's loss (nats),
+    top1 and gradient norm.
     """
     images, targets = network_inputs(recipe, state.step, images, labels, model.num_classes)
     variables = packed.variables(state, kernels) if packed else state.variables
@@ -130,15 +131,15 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema and follow(state.ema, {"params": params, "batch_stats": batch_stats}, state.step, recipe.ema_decay)
-    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, state.ema)
     return state, {"loss": loss, "top1": top1, "gradient_norm": global_norm(grads)}
 
 
 def follow(ema: Any, variables: Any, step: jax.Array, decay: float | None) -> Any:
-    """The moving average after a step. A young one follows closely, else it would be of the first, random weights."""
+    """The moving average after `step`. A young one follows closely, else it would be of the first, random weights."""
     assert decay is not None
-    done = (step + 1).astype(jnp.float32)
+    variables = jax.lax.optimization_barrier(variables)  # else XLA for the CPU works them out once more for it
+    done = step.astype(jnp.float32)
     return optax.incremental_update(variables, ema, 1 - jnp.minimum(decay, done / (done + 9.0)))
 
 
@@ -192,7 +193,11 @@ def make_train_steps(
             good = jax.lax.optimization_barrier(good)  # as in make_schedule
             if recipe.skip_not_finite:
                 before = dataclasses.replace(before, step=after.step)
-            state = jax.tree.map(functools.partial(jax.lax.select, good), after, before)
+            pick = functools.partial(jax.tree.map, functools.partial(jax.lax.select, good))
+            state = pick(after, before)
+            if state.ema:
+                ema = follow(state.ema, state.variables, after.step, recipe.ema_decay)
+                state = dataclasses.replace(state, ema=pick(ema, state.ema))
             metrics = jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
             return state, packed.kernels(state) if packed else (), metrics
 

@@ -158,6 +158,7 @@ def test_a_record_is_what_tfds_reads(tfds_dir):
             data, label = ours[row]
             np.testing.assert_array_equal(Picture(data).pixels(), record["image"])
             assert label == record["label"]
+        assert ours.__getitems__([4, 0, 5]) == [ours[4], ours[0], ours[5]]
     assert ours.name(5) == f"imagenet2012 train[3:9], example 5 {record['file_name'].decode()}"
 
 
@@ -295,6 +296,8 @@ def test_a_damaged_record_is_a_broken_picture(tfds_dir, tmp_path):
     examples = read(source, skip_broken=True)
     assert 1 <= len(examples.broken) <= 2
     assert examples.images.shape == (10000, 32, 32, 3)
+    whole = read(open_source("cifar10", "test", tfds_dir))  # the others, which were read together with it, are there
+    assert (examples.images == whole.images).all((1, 2, 3)).sum() == 10000 - len(examples.broken)
 
 
 def test_unknown_sets_and_splits_name_the_nearest(tfds_dir):

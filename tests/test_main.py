@@ -81,7 +81,7 @@ def test_a_run_says_where_the_time_until_its_first_step_went(tmp_path):
     [line] = [line for line in done.stdout.splitlines() if line.startswith("first step after")]
     said = re.fullmatch(
         r"first step after (\S+) s: (\S+) s imports and devices, (\S+) s data, (\S+) s tracing, (\S+) s first weights,"
-        r" (\S+) s compiling(?: \(from the cache\))?, (\S+) s drawing the first batch, (\S+) s first step",
+        r" (\S+) s compiling(?: \(from the cache\))?, (\S+) s first step",
         line,
     )
     whole, *parts = map(float, said.groups())

@@ -15,10 +15,23 @@ from resattn_jax.data.pipelines import TrainingData
 from resattn_jax.errors import Interrupted, RunError, UsageError
 from resattn_jax.experiment import build
 from resattn_jax.modes.evaluate import evaluate_checkpoint
-from resattn_jax.modes.train import train_and_evaluate
+from resattn_jax.modes.train import Clock, train_and_evaluate
 from resattn_jax.runtime import make_mesh
+from resattn_jax.state import Progress
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+def test_what_is_done_while_the_clock_is_paused_is_no_time_of_training(monkeypatch):
+    """It starts at 10 s, is paused from 12 to 15, and stops at 16 after 2 steps of 8 images: 16 in 3 s."""
+    times = iter([10.0, 12.0, 15.0, 16.0])
+    monkeypatch.setattr("resattn_jax.modes.train.time.perf_counter", lambda: next(times))
+    clock = Clock(Progress(), batch_size=8)
+    clock.start(0)
+    with clock.paused():
+        pass
+    clock.stop(2)
+    assert (clock.images, clock.seconds, clock.images_per_second) == (16, 3.0, 16 / 3)
 
 
 def test_a_run_leaves_what_the_contract_names(tiny_config, one_device, tmp_path):

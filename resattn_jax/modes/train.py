@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -218,8 +218,6 @@ class Training:
             until_due.append(self.experiment.sam_from - self.step)
         count = min(self.experiment.steps_per_dispatch, self.total - self.step, *until_due)
         batches = self.train.batches(self.step, count)
-        if self.step == 0:
-            self.show(batches)
         self.trace.at(self.step)
         span = put(np.array([self.step, self.step + count], np.int32), self.experiment.mesh, P())
         with self.trace.steps(self.step, count):
@@ -228,15 +226,16 @@ class Training:
             jax.block_until_ready(metrics)
             self.startup.done("first step" if count == 1 else f"first {count} steps")
             self.report.say(str(self.startup))
+        if self.step == 0:
+            with self.clock.paused():
+                self.show(batches)
         self.look()  # at the dispatch before, while this one runs, so that the device never waits
         self._running = self.step, count, metrics
         self.step += count
 
     def show(self, batches: Any) -> None:
-        """Shows TensorBoard the first batch; the time of it is not one of training."""
+        """Shows TensorBoard the first batch."""
         self.report.batch(contact_sheet(self.experiment, self.train, batches, SHOWN))
-        self.startup.done("drawing the first batch")
-        self.clock.start(self.step)
 
     def look(self) -> None:
         """Adds the metrics of the dispatch before. Raises RunError as `stumble` does."""
@@ -391,6 +390,13 @@ class Clock:
         self.seconds += seconds
         self.images += images
         self.images_per_second = images / seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within takes no time."""
+        paused, (began, step) = time.perf_counter(), self._began
+        yield
+        self._began = began + time.perf_counter() - paused, step
 
     @property
     def mean(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -46,7 +46,10 @@ class Source(Split, Protocol):
     """One split of a data set: random access to its records. It can be pickled and sent to a worker process."""
 
     def __getitem__(self, row: int) -> tuple[bytes, int]:
-        """The content of the picture's file, and the label. Raises OSError."""
+        """The content of the picture's file, and the label. Raises OSError.
+
+        A source may have `__getitems__` beside it, for many rows at once where that is quicker.
+        """
 
     def name(self, row: int) -> str:
         """A name by which a person finds the example."""
@@ -113,7 +116,7 @@ def read(source: Source, *, skip_broken: bool = False) -> Examples:
     images = np.empty((count, *shape), np.uint8)
     labels, readable = np.zeros(count, np.int32), np.ones(count, bool)
     for start in range(0, count, _TOGETHER):  # threads are slower for pictures this small
-        records = [_tried(source.__getitem__, row) for row in range(start, min(start + _TOGETHER, count))]
+        records = _records(source, range(start, min(start + _TOGETHER, count)))
         for row, record in enumerate(records, start):
             image = record if isinstance(record, Exception) else _tried(_decode, record[0], shape)
             if not isinstance(image, Exception):
@@ -151,6 +154,15 @@ def made_here() -> list[str]:
 def _module(name: str) -> ModuleType:
     kind = name if name in _MODULES else name.partition(":")[0] + ":"
     return importlib.import_module(f"{__name__}.{_MODULES.get(kind, 'tfds')}")
+
+
+def _records(source: Source, rows: range) -> Sequence[Any]:
+    """What a source has at these rows, or the error that one of them raises in its place."""
+    if many := getattr(source, "__getitems__", None):
+        found = _tried(many, rows)
+        if not isinstance(found, Exception):
+            return found
+    return [_tried(source.__getitem__, row) for row in rows]
 
 
 def _tried(function: Callable[..., Any], *args: Any) -> Any:
