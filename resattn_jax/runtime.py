@@ -133,6 +133,7 @@ class Platform:
     compute_dtype: what config.model.dtype=auto means. steps_per_dispatch: of a resident set, by default.
     loops: whether the body of a loop is as fast as the same outside of one.
     pointwise, pooling, upsampling, sums: which of the programs for the same numbers a layer is (models/layers.py).
+    computes_anew: whether XLA works a value out in every kernel that reads it, so that a barrier behind it pays.
     packs: whether a dispatch of many steps keeps the state as a few long arrays (packed.py).
     compiler_options: what `jax.jit` tells XLA about the programs of a step.
     shares_host_memory: whether an array on a device may be the very memory that was put there.
@@ -146,6 +147,7 @@ class Platform:
     pooling: str
     upsampling: str
     sums: str = "apart"
+    computes_anew: bool = False
     packs: bool = False
     compiler_options: tuple[tuple[str, str], ...] = ()
     shares_host_memory: bool = False
@@ -168,6 +170,7 @@ CPU = Platform(
     pointwise="product",
     pooling="slices",
     upsampling="products",
+    computes_anew=True,
     # XLA gives sums, products and convolutions to YNNPACK. For sums that is right; its convolutions take up to twice
     # the time of Eigen's, their weight gradients 2 to 17 times. It also takes barriers out before it fuses.
     compiler_options=(

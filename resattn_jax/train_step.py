@@ -138,7 +138,6 @@ def train_step(
 def follow(ema: Any, variables: Any, step: jax.Array, decay: float | None) -> Any:
     """The moving average after `step`. A young one follows closely, else it would be of the first, random weights."""
     assert decay is not None
-    variables = jax.lax.optimization_barrier(variables)  # else XLA for the CPU works them out once more for it
     done = step.astype(jnp.float32)
     return optax.incremental_update(variables, ema, 1 - jnp.minimum(decay, done / (done + 9.0)))
 
@@ -196,7 +195,10 @@ def make_train_steps(
             pick = functools.partial(jax.tree.map, functools.partial(jax.lax.select, good))
             state = pick(after, before)
             if state.ema:
-                ema = follow(state.ema, state.variables, after.step, recipe.ema_decay)
+                variables = state.variables
+                if platform.computes_anew:
+                    variables = jax.lax.optimization_barrier(variables)
+                ema = follow(state.ema, variables, after.step, recipe.ema_decay)
                 state = dataclasses.replace(state, ema=pick(ema, state.ema))
             metrics = jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
             return state, packed.kernels(state) if packed else (), metrics
