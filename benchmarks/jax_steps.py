@@ -104,7 +104,7 @@ class JaxSteps:
 def machine_peaks(dtype: jnp.dtype) -> tuple[float, float]:
     """FLOP/s of a large matrix product in `dtype`, and bytes/s that a large copy reads and writes."""
     on_cpu = jax.default_backend() == "cpu"
-    size = 4096 if on_cpu else 8192
+    size = 2048 if on_cpu else 8192
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     flops = 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(matrix)), 1.0)
