@@ -13,7 +13,7 @@ bench: .venv/installed-test  ## measures again every figure that this machine ca
 	$(BIN)/python -m benchmarks --all
 
 test: .venv/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: .venv/installed-lint  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -135,6 +135,22 @@ def train_step(
     return state, {"loss": loss, "top1": top1, "gradient_norm": global_norm(grads)}
 
 
+def choose(
+    good: jax.Array, after: TrainState, before: TrainState, ema_decay: float | None, computes_anew: bool
+) -> TrainState:
+    """The state after a step that is good, with a moving average that has followed it, and before one that is not.
+
+    computes_anew: as of a `Platform`.
+    """
+    pick = functools.partial(jax.tree.map, functools.partial(jax.lax.select, good))
+    ema = before.ema
+    state = cast(TrainState, pick(*(dataclasses.replace(s, ema=None) for s in (after, before))))
+    if ema is None:
+        return state
+    new = jax.lax.optimization_barrier(state.variables) if computes_anew else state.variables
+    return dataclasses.replace(state, ema=pick(follow(ema, new, after.step, ema_decay), ema))
+
+
 def follow(ema: Any, variables: Any, step: jax.Array, decay: float | None) -> Any:
     """The moving average after `step`. A young one follows closely, else it would be of the first, random weights."""
     assert decay is not None
@@ -192,14 +208,7 @@ def make_train_steps(
             good = jax.lax.optimization_barrier(good)  # as in make_schedule
             if recipe.skip_not_finite:
                 before = dataclasses.replace(before, step=after.step)
-            pick = functools.partial(jax.tree.map, functools.partial(jax.lax.select, good))
-            state = pick(after, before)
-            if state.ema:
-                variables = state.variables
-                if platform.computes_anew:
-                    variables = jax.lax.optimization_barrier(variables)
-                ema = follow(state.ema, variables, after.step, recipe.ema_decay)
-                state = dataclasses.replace(state, ema=pick(ema, state.ema))
+            state = choose(good, after, before, recipe.ema_decay, platform.computes_anew)
             metrics = jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
             return state, packed.kernels(state) if packed else (), metrics
 

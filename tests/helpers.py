@@ -91,18 +91,26 @@ def eval_stream(config, devices=None):
     return data.eval_stream(mesh, experiment.platform, batch_size=experiment.eval_batch_size)
 
 
-def run_steps(config, devices, steps):
-    """The state and the metrics after so many steps of a config, one a dispatch."""
+def steps_of(config, devices, steps):
+    """The state before the first of so many steps of a config, and after each; and its metrics. One step a dispatch,
+    to which the state before is donated.
+    """
     with config.unlocked():
         config.steps_per_dispatch = 1
     experiment, stream = built(config, devices), train_stream(config, devices)
-    state, history = experiment.initial_state(), []
+    state = experiment.initial_state()
+    yield state, None
     for step in range(steps):
         span = put(np.array([step, step + 1], np.int32), experiment.mesh, jax.sharding.PartitionSpec())
         seed = np.uint32(config.seed)
         state, metrics = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span, seed)
-        history.append(jax.tree.map(lambda x: float(x[0]), metrics))
-    return state, history
+        yield state, jax.tree.map(lambda x: float(x[0]), metrics)
+
+
+def run_steps(config, devices, steps):
+    """The state and the metrics after so many steps of a config, one a dispatch."""
+    states, history = zip(*steps_of(config, devices, steps), strict=True)
+    return states[-1], list(history[1:])
 
 
 # ---- Nets.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import built, trace, train_stream
+from helpers import steps_of, trace
 
 from configs import cifar10_ra92, cifar10_ra92_mixup, default
 from resattn_jax.config import Durations, check
@@ -155,12 +155,10 @@ def test_lars_scales_a_kernels_step_by_the_ratio_of_its_norm_to_its_gradients():
 def test_the_moving_average_by_hand(tiny_config, one_device):
     """After n steps its decay is n / (n + 9), or config.ema_decay where that is less: 1/10, 2/11 and 0.2."""
     tiny_config.ema_decay = 0.2
-    experiment, stream = built(tiny_config, one_device), train_stream(tiny_config, one_device)
-    state = experiment.initial_state()
+    states = steps_of(tiny_config, one_device, 3)
+    state, _ = next(states)
     expected = jax.tree.map(np.float64, state.variables)
-    for step, decay in enumerate((1 / 10, 2 / 11, 0.2)):
-        span = np.array([step, step + 1], np.int32)
-        state, _ = experiment.train_steps(state, stream.arrays, stream.batches(step, 1), span, np.uint32(0))
+    for (state, _), decay in zip(states, (1 / 10, 2 / 11, 0.2), strict=True):
         expected = jax.tree.map(lambda ema, new, d=decay: d * ema + (1 - d) * new, expected, state.variables)
         for (path, ours), theirs in zip(
             jax.tree_util.tree_flatten_with_path(state.ema)[0], jax.tree.leaves(expected), strict=True
