@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from resattn_jax.models import create_model
 from resattn_jax.models.count import count_multiply_adds, count_parameters
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.runtime import make_mesh, platform_of
 
@@ -45,8 +45,7 @@ def load_net(name: str, size: int, dtype: str) -> Net:
     classes = CLASSES.get(size, 1000)
     model = create_model(name, num_classes=classes, dtype=platform.dtype(dtype), **platform.layers)
     shape = (size, size, 3)
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    variables = variable_shapes(model, shape)
     return Net(model, size, count_parameters(variables["params"]), count_multiply_adds(model, shape, variables))
 
 

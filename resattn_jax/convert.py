@@ -91,7 +91,7 @@ def to_torch(variables: Mapping[str, Any], name: str, names: str | None = None) 
         raise ValueError(f"names is {names!r}; it must be one of {', '.join(NAMES)}")
     theirs = NAMES[names]
     _check_name(theirs, name)
-    leaves = {path: np.array(leaf, np.float32) for path, leaf in _leaves(variables)}
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in _leaves(variables)}
     channels = _dimension(leaves.get(("params", "stem_conv", "kernel")), 2, default=3)
     classes = _dimension(leaves.get(("params", "head", "kernel")), 1, default=10)
     entries = list(arrays_of(theirs, name, channels, classes))
@@ -162,7 +162,7 @@ def _to_float32(what: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarra
         key = next(iter(types))
         raise ValueError(f"{what}; {len(types)} of its {len(arrays)} arrays are no floats, first {key}: {types[key]}")
     with np.errstate(over="ignore"):  # infinite then, and told of
-        arrays = {key: array.astype(np.float32) for key, array in arrays.items()}
+        arrays = {key: array.astype(np.float32, copy=False) for key, array in arrays.items()}
     bad = [key for key, array in arrays.items() if not np.isfinite(array).all()]
     if bad:
         raise ValueError(f"{what}; {len(bad)} of its {len(arrays)} arrays hold NaN or infinity, first {bad[0]}")
@@ -188,11 +188,11 @@ def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _to_flax(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(_AXES_TO_FLAX[array.ndim]))
+    return np.array(array.transpose(_AXES_TO_FLAX[array.ndim]), order="C")  # a copy in any case
 
 
 def _to_torch(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(_AXES_TO_TORCH[array.ndim]))
+    return np.array(array.transpose(_AXES_TO_TORCH[array.ndim]), order="C")
 
 
 _AXES_TO_FLAX = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}

@@ -23,7 +23,7 @@ from resattn_jax.data.spec import DataSpec
 from resattn_jax.errors import UsageError
 from resattn_jax.metrics import Sums
 from resattn_jax.models import create_model
-from resattn_jax.models.first_weights import first_variables
+from resattn_jax.models.first_weights import first_variables, variable_shapes
 from resattn_jax.models.nets import smallest_side
 from resattn_jax.models.network import ResidualAttentionNetwork
 from resattn_jax.optimizer import changes_value_by_value, make_optimizer, make_schedule
@@ -169,18 +169,14 @@ def state_shapes(
 ) -> TrainState:
     """A state's shapes and dtypes. image_shape: (H, W, C); ema: with a moving average."""
 
-    def state(images: jax.Array) -> TrainState:
-        variables = model.init(jax.random.key(0), images, train=False)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-            ema=dict(variables) if ema else None,
-        )
-
-    shapes: TrainState = jax.eval_shape(state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return shapes
+    variables = variable_shapes(model, image_shape)
+    return TrainState(
+        step=jax.eval_shape(lambda: jnp.int32(0)),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=jax.eval_shape(optimizer.init, variables["params"]),
+        ema=variables if ema else None,
+    )
 
 
 def _fill(

@@ -126,7 +126,7 @@ def train_step(
     else:
         zeros = jax.tree.map(jnp.zeros_like, (state.params, state.batch_stats, np.float32(0), np.float32(0)))
         sums, _ = jax.lax.scan(lambda so_far, batch: (add(so_far, micro_batch(batch)), None), zeros, micro_batches)
-    grads, *rest = jax.tree.map(lambda x: x / n, sums)
+    grads, *rest = sums if n == 1 else jax.tree.map(lambda x: x / n, sums)
     grads, (batch_stats, loss, top1) = mean_over_devices(grads, rest, recipe.all_reduce_dtype)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -23,6 +23,8 @@ from resattn_jax.data.resident import ResidentTrain, put
 from resattn_jax.data.sources import Examples
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.experiment import Experiment, build
+from resattn_jax.models.first_weights import variable_shapes
+from resattn_jax.models.layers import SHAPES_ALONE
 from resattn_jax.runtime import make_mesh, platform_of
 from resattn_jax.train_step import Recipe
 
@@ -117,15 +119,16 @@ def run_steps(config, devices, steps):
 
 
 def trace(model, image_shape, batch=2):
-    """(logits, variables) as shapes: nothing is computed."""
-    init = functools.partial(model.init_with_output, train=False)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((batch, *image_shape)))
+    """(logits, variables) as shapes: nothing is computed, and nothing drawn, as in `variable_shapes`."""
+    keys, new = {SHAPES_ALONE: jax.random.key(0)}, ["params", "batch_stats"]
+    forward = functools.partial(model.apply, {}, train=False, rngs=keys, mutable=new)
+    return jax.eval_shape(forward, jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
 
 
 def random_variables(model, image_shape):
     """Variables away from their initial values; kernels with the variance 1 / fan_in."""
     rng = np.random.default_rng(0)
-    _, shapes = trace(model, image_shape)
+    shapes = variable_shapes(model, image_shape)
 
     def draw(leaf):
         normal = rng.standard_normal(leaf.shape).astype(np.float32)

@@ -3,7 +3,6 @@
 import importlib
 
 import jax
-import jax.numpy as jnp
 import pytest
 from helpers import ROOT
 
@@ -11,6 +10,7 @@ from configs import default
 from resattn_jax.config import RULES, Durations, check, flatten
 from resattn_jax.models import create_model
 from resattn_jax.models.count import count_parameters
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.optimizer import make_optimizer, make_schedule
 from resattn_jax.run import Run
 
@@ -34,8 +34,7 @@ def test_a_recipe_builds(name):
     schedule = make_schedule(config, durations)
     options = {k: v for k, v in config.model.items() if k not in ("name", "dtype") and v is not None}
     model = create_model(config.model.name, num_classes=10, **options)
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"]
+    params = variable_shapes(model, (32, 32, 3))["params"]
     jax.eval_shape(make_optimizer(config, schedule).init, params)
     assert count_parameters(params) > 0
     for step in (0, durations.total // 2, durations.total - 1):

@@ -8,13 +8,13 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from resattn_jax.convert import from_torch, to_torch
 from resattn_jax.models import NETS, create_model
+from resattn_jax.models.first_weights import variable_shapes
 
 # Entries of the state dict, of these `num_batches_tracked`, which a state dict from before PyTorch 0.4.1 has not, and
 # values of the running statistics.
@@ -35,9 +35,7 @@ DEAD = 45 - 4
 
 @functools.cache
 def shapes(name, classes=10, channels=3):
-    model = create_model(name, num_classes=classes)
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, channels)))
+    return variable_shapes(create_model(name, num_classes=classes), (32, 32, channels))
 
 
 def numbered(name, **sizes):

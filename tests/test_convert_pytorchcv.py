@@ -13,6 +13,7 @@ import pytest
 
 from resattn_jax.convert import from_torch, read_torch, to_torch, write_torch
 from resattn_jax.models import create_model, nets
+from resattn_jax.models.first_weights import variable_shapes
 
 torch = pytest.importorskip("torch")
 resattnet = pytest.importorskip("pytorchcv.models.resattnet")
@@ -63,9 +64,7 @@ def randomized(net):
 
 @functools.cache
 def tree_shapes(name, classes=10, channels=3):
-    model = create_model(name, num_classes=classes)
-    init = functools.partial(model.init, train=False)
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 32, 32, channels)))
+    return variable_shapes(create_model(name, num_classes=classes), (32, 32, channels))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -74,7 +73,8 @@ def test_names_shapes_and_order_are_pytorchcvs(name):
     with torch.device("meta"):  # shapes only
         net = getattr(resattnet, theirs)(in_channels=1, num_classes=7)
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tree_shapes(name, classes=7, channels=1))
+    zero = np.zeros((), np.float32)  # repeated without memory
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(zero, leaf.shape), tree_shapes(name, classes=7, channels=1))
     state = to_torch(zeros, name, "pytorchcv")
     assert {key: array.shape for key, array in state.items()} == expected
     assert list(state) == list(expected)

@@ -7,15 +7,16 @@ together at that depth.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import trace
 
 from resattn_jax.models import NETS, create_model, model_names
 from resattn_jax.models.count import count_multiply_adds, count_parameters
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.models.nets import Stage
 from resattn_jax.models.network import ResidualAttentionNetwork
 
@@ -74,9 +75,7 @@ def test_parameters_statistics_logits_and_multiply_adds(name):
     """
     golden = GOLDEN[name]
     model = create_model(name, num_classes=golden.classes)
-    images = jnp.zeros((2, *golden.image_shape))
-    init = functools.partial(model.init_with_output, train=False)
-    logits, variables = jax.eval_shape(init, jax.random.key(0), images)
+    logits, variables = trace(model, golden.image_shape)
     assert count_parameters(variables["params"]) == golden.parameters
     assert count_parameters(variables["batch_stats"]) == golden.statistics
     assert logits.shape == (2, golden.classes)
@@ -88,16 +87,9 @@ def test_parameters_statistics_logits_and_multiply_adds(name):
 @pytest.mark.parametrize("name", ["ra56", "ra92", "ra92_cifar", "ra56_cifar_slim"])
 def test_the_wirings_have_equal_parameters(name):
     """They differ in sums alone (and in how the poolings pad)."""
-    images = jnp.zeros((1, *GOLDEN[name].image_shape))
-    trees = [
-        jax.eval_shape(
-            functools.partial(create_model(name, num_classes=10, wiring=wiring).init, train=False),
-            jax.random.key(0),
-            images,
-        )
-        for wiring in ("paper", "double_skip")
-    ]
-    assert trees[0] == trees[1]
+    models = [create_model(name, num_classes=10, wiring=wiring) for wiring in ("paper", "double_skip")]
+    paper, double_skip = (variable_shapes(model, GOLDEN[name].image_shape) for model in models)
+    assert paper == double_skip
 
 
 def test_multiply_adds_are_those_of_weights_alone():

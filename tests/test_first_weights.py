@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from helpers import assert_same_bits, built
 
 from resattn_jax.models import create_model
-from resattn_jax.models.first_weights import first_variables
+from resattn_jax.models.first_weights import first_variables, variable_shapes
 
 
 @functools.cache
@@ -28,6 +29,16 @@ def drawn(init, seed=0, name="ra_tiny"):
 
 def kernels(init, name="ra_tiny"):
     return {k: v for k, v in drawn(init, name=name).items() if k.endswith("/kernel")}
+
+
+@pytest.mark.parametrize("name", ["ra56", "ranext56", "ra56_double_skip", "ra92_cifar_pooled"])
+def test_shapes_are_those_of_flaxs_init_without_its_draws(name):
+    model, shapes = net("pytorch", name)
+    assert variable_shapes(model, (224, 224, 3)) == shapes
+    with pytest.raises(flax.errors.ScopeCollectionNotFound):
+        model.apply({}, np.zeros((1, 224, 224, 3), np.float32), train=False)
+    with pytest.raises(flax.errors.InvalidRngError):  # who forgets the key gets no weights without values
+        model.apply({}, np.zeros((1, 224, 224, 3), np.float32), train=False, mutable=["params", "batch_stats"])
 
 
 @pytest.mark.parametrize("init", ["he_fan_in", "he_fan_out", "pytorch"])

@@ -14,6 +14,7 @@ import pytest
 from helpers import images, random_variables, trace
 
 from resattn_jax.models import NETS, check_options, create_model, model_names
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.models.network import ResidualAttentionNetwork
 
 # One net of each design, at its own size, larger, smaller and odd: pooling is global, so that any size works.
@@ -220,7 +221,7 @@ def test_gradients_and_statistics_have_the_type_of_the_variables(dtype, attentio
     with jax.enable_x64(dtype == "float64"):
         model = create_model("ra_tiny", num_classes=10, dtype=dtype, attention=attention, **programs)
         pictures = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), pictures)
+        variables = variable_shapes(model, (8, 8, 3))
 
         def loss(params, rest, x):
             logits, new = model.apply({"params": params, **rest}, x, train=True, mutable="batch_stats")

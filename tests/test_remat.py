@@ -10,6 +10,7 @@ from helpers import built, images, random_variables
 
 from resattn_jax.convert import from_torch, to_torch
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import variable_shapes
 
 
 def loss(model, batch_stats, images, params):
@@ -43,7 +44,7 @@ def test_loss_gradients_and_statistics_are_the_same(unit):
 def test_pytorchs_weights_go_in_and_out_of_it():
     """The converter goes by names: those of the rematerialised net are the plain one's."""
     model = create_model("ra92_cifar", num_classes=10, remat=True)
-    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    shapes = variable_shapes(model, (32, 32, 3))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
     back = from_torch(to_torch(variables, "ra92_cifar"), "ra92_cifar")
     assert_close(back, variables, 0)
@@ -57,7 +58,7 @@ def test_the_backward_pass_is_given_less_than_half():
 
     def kept_bytes(remat):
         model, pictures = create_model("ra56_cifar", num_classes=10, remat=remat), jnp.zeros((2, 32, 32, 3))
-        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), pictures)
+        variables = variable_shapes(model, (32, 32, 3))
 
         def backward(params, batch_stats):
             return jax.vjp(functools.partial(loss, model, batch_stats, pictures), params, has_aux=True)[1]

@@ -1,7 +1,6 @@
 """What a config refuses, for each key at the bounds and far beyond, and what it accepts up to the bounds."""
 
 import copy
-import functools
 import math
 
 import jax
@@ -16,6 +15,7 @@ from resattn_jax.config import Durations, check, flatten
 from resattn_jax.errors import UsageError
 from resattn_jax.experiment import build
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.models.nets import NETS, smallest_side
 from resattn_jax.rules import RULES, shown
 from resattn_jax.runtime import make_mesh
@@ -377,8 +377,7 @@ def test_the_smallest_images_of_a_net_are_those_that_its_poolings_leave_somethin
     model = create_model(name, num_classes=2, p=0, t=0, r=0, last=0, **options)
 
     def trace(side):
-        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        return jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        return variable_shapes(model, (side, side, 3))
 
     least = smallest_side(name, **options)
     trace(least)

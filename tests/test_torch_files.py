@@ -15,14 +15,14 @@ import safetensors.numpy
 
 from resattn_jax.convert import read_torch, to_torch, write_torch
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import variable_shapes
 
 NAME = "ra92_cifar"
 WRAPPERS = ["state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema"]
 
 
 def test_safetensors_needs_no_torch(tmp_path):
-    model, images = create_model(NAME, num_classes=10), np.zeros((1, 32, 32, 3), np.float32)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    shapes = variable_shapes(create_model(NAME, num_classes=10), (32, 32, 3))
     rng = np.random.default_rng(0)
     state = to_torch(jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes), NAME)
     path = tmp_path / "model.safetensors"

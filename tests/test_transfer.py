@@ -14,6 +14,7 @@ from resattn_jax.experiment import create_state
 from resattn_jax.export.folder import TrainedNet, write_folder
 from resattn_jax.fine_tune import start_from
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.modes.evaluate import evaluate_checkpoint
 from resattn_jax.modes.export import export_folder, export_torch
 from resattn_jax.modes.import_ import import_torch
@@ -26,10 +27,9 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 @pytest.fixture(scope="module")
 def variables():
     """Random variables of ra92_cifar for grey pictures and ten classes."""
-    model = create_model("ra92_cifar", num_classes=10)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32), train=False))
+    shapes = variable_shapes(create_model("ra92_cifar", num_classes=10), (8, 8, 1))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: rng.uniform(0.01, 0.1, s.shape).astype(np.float32), dict(shapes))
+    return jax.tree.map(lambda s: rng.uniform(0.01, 0.1, s.shape).astype(np.float32), shapes)
 
 
 def fresh_state(experiment, model):

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from resattn_jax.models.first_weights import variable_shapes
+
 torch.set_num_threads(1)  # the maps are small: more threads wait for each other, and for those of JAX
 
 
@@ -21,7 +23,7 @@ def random_variables(model, image_shape, seed=0):
     Kernels have the variance 1/fan_in, so that logits stay of the order of one and no sigmoid saturates.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, *image_shape), np.float32), train=False))
+    shapes = variable_shapes(model, image_shape)
 
     def draw(path, leaf):
         normal = rng.standard_normal(leaf.shape).astype(np.float32)

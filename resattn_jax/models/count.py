@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from resattn_jax.models.first_weights import variable_shapes
+from resattn_jax.models.network import ResidualAttentionNetwork
 
 
 def count_parameters(params: Any) -> int:
@@ -15,7 +17,9 @@ def count_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], variables: Any = None) -> int:
+def count_multiply_adds(
+    model: ResidualAttentionNetwork, image_shape: tuple[int, int, int], variables: Any = None
+) -> int:
     """Multiply-adds of one forward pass over one image [H, W, C]; variables: arrays or shapes, if they are at hand.
 
     Those of weights, as the literature counts them: every convolution and matrix product one of whose operands comes
@@ -23,7 +27,7 @@ def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], var
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     if variables is None:
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+        variables = variable_shapes(model, image_shape)
     rest = {k: v for k, v in variables.items() if k != "params"}
 
     def forward(params: Any, rest: dict[str, Any], x: jax.Array) -> Any:

@@ -25,6 +25,7 @@ SCALINGS: dict[str, tuple[float, Literal["fan_in", "fan_out"], Literal["normal",
     "he_fan_out": (2.0, "fan_out", "normal"),
     "pytorch": (1 / 3, "fan_in", "uniform"),
 }
+SHAPES_ALONE = "shapes_alone"  # a key of this name asks `parameter` for no values
 INITIALIZERS = {name: nn.initializers.variance_scaling(*scaling) for name, scaling in SCALINGS.items()}
 
 
@@ -38,11 +39,14 @@ def parameter(
 ) -> jax.Array:
     """A float32 parameter of a module: what `module.param` gives, without tracing an initializer that is not used.
 
-    Flax does that for the shape of each parameter, which takes nearly half of the time that tracing a net takes.
+    Flax does that for the shape of each parameter, which takes nearly half of the time that tracing a net takes. Where
+    SHAPES_ALONE is among the keys, nothing is drawn either: a new parameter has a shape and no value.
     Raises flax.errors.ScopeParamShapeError where the variables have it in another shape, as `module.param` does.
     """
     if not module.has_variable("params", name):
-        return module.param(name, initializer, shape, jnp.float32)
+        if not module.has_rng(SHAPES_ALONE):
+            return module.param(name, initializer, shape, jnp.float32)
+        module.put_variable("params", name, jax.lax.empty(shape, jnp.float32))
     value: jax.Array = module.get_variable("params", name)
     if jnp.shape(value) != shape:
         raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), jnp.shape(value), shape)
@@ -119,8 +123,7 @@ class BatchNorm(nn.Module):
             normalize = jax.vmap(lambda part: _normalize_batch_once(part, scale, bias, self.relu, over, self.sums))
             parts, means, variances = normalize(x.reshape(groups, -1, *x.shape[1:]))
             y, batch_mean, batch_var = parts.reshape(x.shape), jnp.mean(means, 0), jnp.mean(variances, 0)
-        mean.value = 0.9 * mean.value + 0.1 * batch_mean.astype(mean.value.dtype)
-        var.value = 0.9 * var.value + 0.1 * batch_var.astype(var.value.dtype)
+        mean.value, var.value = _follow_once((mean.value, var.value), (batch_mean, batch_var))
         return y
 
 
@@ -151,6 +154,14 @@ def _mean_over(values: Any, over: Over) -> Any:
     return jax.lax.pmean(values, over[0], axis_index_groups=over[1])
 
 
+def _follow(running: tuple[jax.Array, ...], batch: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Running statistics after a batch."""
+    return tuple(0.9 * old + 0.1 * new.astype(old.dtype) for old, new in zip(running, batch, strict=True))
+
+
+_follow_once = jax.jit(_follow, inline=True)  # of each shape it is traced once, and then copied
+
+
 def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
     """(x - mean) / std * scale + bias as one multiplication and one addition for each value, in float32 or wider."""
     x = widen(x)
@@ -160,7 +171,7 @@ def _affine(x: jax.Array, mean: jax.Array, var: jax.Array, scale: jax.Array, bia
     return jnp.maximum(y, 0) if relu else y
 
 
-_affine_once = jax.jit(_affine, static_argnums=5, inline=True)  # of each shape it is traced once, and then copied
+_affine_once = jax.jit(_affine, static_argnums=5, inline=True)
 
 
 def _channels(x: jax.Array) -> jax.Array:
