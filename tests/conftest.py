@@ -46,6 +46,12 @@ def pytest_xdist_auto_num_workers():
     return min((yield) + 1, 8)
 
 
+def pytest_sessionfinish():
+    """Garbage is looked for once. Pytest does it five times, and among all that JAX keeps each takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
 BUILT = {}  # the first experiment with the same programs
 
 # What of a config is in none of them; the lengths neither, where the rate is constant.

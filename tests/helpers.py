@@ -120,9 +120,9 @@ def run_steps(config, devices, steps):
 
 def trace(model, image_shape, batch=2):
     """(logits, variables) as shapes: nothing is computed, and nothing drawn, as in `variable_shapes`."""
-    keys, new = {SHAPES_ALONE: jax.random.key(0)}, ["params", "batch_stats"]
-    forward = functools.partial(model.apply, {}, train=False, rngs=keys, mutable=new)
-    return jax.eval_shape(forward, jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
+    keys = {name: jax.random.key(0) for name in ("params", SHAPES_ALONE)}
+    init = functools.partial(model.init_with_output, keys, train=False)
+    return jax.eval_shape(init, jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
 
 
 def random_variables(model, image_shape):

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.errors
 import jax
 import numpy as np
 import pytest
@@ -35,10 +34,6 @@ def kernels(init, name="ra_tiny"):
 def test_shapes_are_those_of_flaxs_init_without_its_draws(name):
     model, shapes = net("pytorch", name)
     assert variable_shapes(model, (224, 224, 3)) == shapes
-    with pytest.raises(flax.errors.ScopeCollectionNotFound):
-        model.apply({}, np.zeros((1, 224, 224, 3), np.float32), train=False)
-    with pytest.raises(flax.errors.InvalidRngError):  # who forgets the key gets no weights without values
-        model.apply({}, np.zeros((1, 224, 224, 3), np.float32), train=False, mutable=["params", "batch_stats"])
 
 
 @pytest.mark.parametrize("init", ["he_fan_in", "he_fan_out", "pytorch"])

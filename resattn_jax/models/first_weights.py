@@ -21,11 +21,10 @@ def variable_shapes(model: ResidualAttentionNetwork, image_shape: tuple[int, int
     time. image_shape: (H, W, C).
     """
 
-    def made(images: jax.Array) -> Any:
-        keys, new = {SHAPES_ALONE: jax.random.key(0)}, ["params", "batch_stats"]
-        return model.apply({}, images, train=False, rngs=keys, mutable=new)[1]
+    def init(images: jax.Array) -> Any:
+        return model.init({name: jax.random.key(0) for name in ("params", SHAPES_ALONE)}, images, train=False)
 
-    shapes: dict[str, Any] = jax.eval_shape(made, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    shapes: dict[str, Any] = jax.eval_shape(init, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return shapes
 
 

@@ -39,8 +39,8 @@ def parameter(
 ) -> jax.Array:
     """A float32 parameter of a module: what `module.param` gives, without tracing an initializer that is not used.
 
-    Flax does that for the shape of each parameter, which takes nearly half of the time that tracing a net takes. Where
-    SHAPES_ALONE is among the keys, nothing is drawn either: a new parameter has a shape and no value.
+    Flax does that for the shape of each parameter, which takes nearly half of the time that tracing a net takes. With
+    SHAPES_ALONE among the keys nothing is drawn either: a new parameter has a shape and no value.
     Raises flax.errors.ScopeParamShapeError where the variables have it in another shape, as `module.param` does.
     """
     if not module.has_variable("params", name):
