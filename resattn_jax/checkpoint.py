@@ -28,15 +28,16 @@ from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from orbax.checkpoint.options import AtomicityMode, AtomicityOptions, MultiprocessingOptions
+from etils import epath, epy
 
 from resattn_jax import buckets
 from resattn_jax.checksums import Damaged, check_finite, checksums, compare, json_checksum, named
 from resattn_jax.errors import RunError, UsageError, reason
 from resattn_jax.metrics import by_rank
 from resattn_jax.state import Progress, TrainState
+
+with epy.lazy_imports():  # takes an eighth of a second, which a run has while XLA compiles its step
+    import orbax.checkpoint as ocp
 
 ARRAYS = ("model", "ema", "optimizer")
 _CUT_OFF = re.compile(r"\.orbax-checkpoint-tmp|\.deleted\d*$")  # of a save or a deletion
@@ -381,17 +382,17 @@ class Writer(Reader):
 
 def _checkpointer(by_file: bool) -> ocp.Checkpointer:
     """Orbax's, for this host alone: no host waits for another. by_file: a checkpoint counts by its commit file."""
-    me = jax.process_index()
-    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}")
+    me, options = jax.process_index(), ocp.options
+    alone = options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host{me}")
     handlers: dict[str, Any] = {
         **{item: ocp.StandardCheckpointHandler(multiprocessing_options=alone) for item in ARRAYS},
         "metrics": ocp.JsonCheckpointHandler("metrics", multiprocessing_options=alone),
         **{item: ocp.JsonCheckpointHandler(multiprocessing_options=alone) for item in ("progress", "checksums")},
     }
-    mode = AtomicityMode.COMMIT_FILE if by_file else AtomicityMode.ATOMIC_RENAME
-    atomicity = AtomicityOptions(mode=mode, allow_legacy_atomic_rename=True)  # `_is_whole` tells what is whole
-    options = ocp.CompositeOptions(multiprocessing_options=alone, atomicity_options=atomicity)
-    composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
+    mode = options.AtomicityMode.COMMIT_FILE if by_file else options.AtomicityMode.ATOMIC_RENAME
+    atomicity = options.AtomicityOptions(mode=mode, allow_legacy_atomic_rename=True)  # `_is_whole` tells what is whole
+    together = ocp.CompositeOptions(multiprocessing_options=alone, atomicity_options=atomicity)
+    composite = ocp.CompositeCheckpointHandler(composite_options=together, **handlers)
     return ocp.Checkpointer(composite, multiprocessing_options=alone, atomicity_options=atomicity)
 
 

@@ -44,9 +44,13 @@ def test_what_draws_is_imported_by_the_modes_that_draw_alone():
 
 
 def test_training_imports_neither_pytorch_nor_scikit_learn_nor_a_client_of_buckets():
-    """tensorboardX would import the first and the last where they are installed; digits come without the second."""
+    """tensorboardX would import the first and the last where they are installed; digits come without the second.
+
+    Orbax comes with the first checkpoint, when the step is being compiled.
+    """
     program = "import resattn_jax.modes.train as t; t.TrainingData(__import__('configs.digits').digits.get_config())"
-    assert loaded_by(program, "torch", "sklearn", "google.cloud.storage", "tensorflow_datasets", "matplotlib") == []
+    others = "torch", "sklearn", "google.cloud.storage", "tensorflow_datasets", "matplotlib", "orbax"
+    assert loaded_by(program, *others) == []
 
 
 def test_what_data_workers_import_imports_no_jax():
