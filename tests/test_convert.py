@@ -76,6 +76,17 @@ def test_out_and_in_again_is_the_identity(name):
     assert {array.dtype for array in state.values()} == {np.dtype(np.float32), np.dtype(np.int64)}
 
 
+def test_what_comes_out_shares_no_memory_with_what_went_in():
+    variables = numbered(NAME)
+    state = to_torch(variables, NAME)
+    for array in jax.tree.leaves(from_torch(state, NAME)):
+        array[...] = -1
+    assert_equal_trees(from_torch(state, NAME), variables)
+    for array in state.values():
+        array[...] = -1
+    assert_equal_trees(variables, numbered(NAME))
+
+
 def test_variables_of_a_model_are_taken_as_they_are():
     """Those that `init` gives: what comes back has its tree, shapes and types."""
     expected = shapes(NAME, classes=100, channels=1)
