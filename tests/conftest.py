@@ -35,20 +35,9 @@ gc.set_threshold(200_000, 50, 1000)  # tracing makes millions of small objects; 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from resattn_jax.__main__ import LARGE_PAGES  # noqa: E402
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # programs ask for large pages themselves
-    for name in LARGE_PAGES:
-        os.environ.pop(name, None)
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-
-
-def pytest_xdist_setupnodes():
-    """Large pages for xdist's processes, which start after this and then take 7 % less of the CPU."""
-    os.environ.update(LARGE_PAGES)
 
 
 @pytest.hookimpl(wrapper=True)
