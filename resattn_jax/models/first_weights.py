@@ -1,4 +1,7 @@
-"""The first weights of a net, drawn on the host: what `model.init` draws, without compiling a program of all draws."""
+"""A net's variables before it is trained: their shapes, and first weights drawn on the host.
+
+What `model.init` gives, without tracing or compiling a program of all draws.
+"""
 
 from __future__ import annotations
 
