@@ -24,7 +24,6 @@ from resattn_jax.data.sources import Examples
 from resattn_jax.data.spec import DataSpec
 from resattn_jax.experiment import Experiment, build
 from resattn_jax.models.first_weights import variable_shapes
-from resattn_jax.models.layers import SHAPES_ALONE
 from resattn_jax.runtime import make_mesh, platform_of
 from resattn_jax.train_step import Recipe
 
@@ -119,10 +118,9 @@ def run_steps(config, devices, steps):
 
 
 def trace(model, image_shape, batch=2):
-    """(logits, variables) as shapes: nothing is computed, and nothing drawn, as in `variable_shapes`."""
-    keys = {name: jax.random.key(0) for name in ("params", SHAPES_ALONE)}
-    init = functools.partial(model.init_with_output, keys, train=False)
-    return jax.eval_shape(init, jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
+    """(logits, variables) as shapes: nothing is computed."""
+    variables, images = variable_shapes(model, image_shape), jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    return jax.eval_shape(functools.partial(model.apply, train=False), variables, images), variables
 
 
 def random_variables(model, image_shape):

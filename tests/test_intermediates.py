@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import built, eval_stream, images, plain_recipe, random_variables, trace
+from helpers import built, eval_stream, images, plain_recipe, random_variables
 from jax.sharding import PartitionSpec as P
 
 from resattn_jax.experiment import Experiment
 from resattn_jax.intermediates import attention_modules, given_mask, maps, stage_outputs
 from resattn_jax.models import NETS, create_model
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.models.network import AttentionModule, ResidualAttentionNetwork
 from resattn_jax.runtime import make_mesh
 
@@ -34,12 +35,12 @@ def test_named_maps_cost_nothing(tiny_config, one_device, monkeypatch):
         assert lowered(tiny_config, one_device) == before
     model = built(tiny_config, one_device).model  # they are there when somebody asks
     asked = functools.partial(model.apply, train=False, mutable=["intermediates"])
-    _, kept = jax.eval_shape(asked, trace(model, (8, 8, 1))[1], jnp.zeros((1, 8, 8, 1)))
+    _, kept = jax.eval_shape(asked, variable_shapes(model, (8, 8, 1)), jnp.zeros((1, 8, 8, 1)))
     assert set(kept["intermediates"]) == {"stage1_attention1", "last_map", "embedding"}
 
 
 def test_variables_are_parameters_and_statistics_alone():
-    _, variables = trace(create_model("ra_tiny", num_classes=10), (8, 8, 1))
+    variables = variable_shapes(create_model("ra_tiny", num_classes=10), (8, 8, 1))
     assert set(variables) == {"params", "batch_stats"}
 
 
@@ -48,7 +49,7 @@ def test_names_are_those_of_the_modules_and_of_the_paper():
     assert attention_modules(model.spec)[:3] == ["stage1_attention1", "stage2_attention1", "stage2_attention2"]
     assert stage_outputs(NETS["ra92"])["stage3"] == "stage3_attention3"
     x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.uint8)
-    _, variables = trace(model, (224, 224, 3))
+    variables = variable_shapes(model, (224, 224, 3))
     found = jax.eval_shape(lambda v, x: maps(model, plain_recipe(), v, x), variables, x)
     shapes = {
         "stage1_attention1/mask": (2, 56, 56, 256),

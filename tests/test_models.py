@@ -41,13 +41,13 @@ def test_any_input_size_gives_logits(name, size):
 @pytest.mark.parametrize("name", ["ra56", "ra92_cifar", "ra_tiny"])
 def test_parameters_do_not_depend_on_the_input_size(name):
     model = create_model(name, num_classes=7)
-    assert trace(model, (32, 32, 3))[1] == trace(model, (96, 64, 3))[1]
+    assert variable_shapes(model, (32, 32, 3)) == variable_shapes(model, (96, 64, 3))
 
 
 @pytest.mark.parametrize("name", ["ra56", "ra92_cifar", "ra_tiny"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_may_have_any_number_of_channels(name, channels):
-    _, variables = trace(create_model(name, num_classes=10), (32, 32, channels))
+    variables = variable_shapes(create_model(name, num_classes=10), (32, 32, channels))
     stem = NETS[name].stem
     kernel = variables["params"]["stem_conv"]["kernel"]
     assert kernel.shape == (stem.kernel_size, stem.kernel_size, channels, stem.features)
@@ -88,7 +88,7 @@ def test_every_parameter_gets_a_gradient(options):
 def test_the_logits_read_every_parameter(name):
     """For the nets too large to compute here, by the traced forward pass, from the logits back."""
     model = create_model(name, num_classes=10)
-    _, variables = trace(model, (64, 64, 3))
+    variables = variable_shapes(model, (64, 64, 3))
     statistics = variables["batch_stats"]
 
     def forward(params, statistics, x):
@@ -142,7 +142,7 @@ def test_the_portable_programs_are_the_default():
 def test_the_net_is_made_of_the_programs_it_is_given(programs):
     """A 1x1 kernel is in no convolution of the others; a window and a gather are in none but the portable."""
     model = create_model("ra_tiny", num_classes=10, **programs)
-    _, variables = trace(model, (8, 8, 3))
+    variables = variable_shapes(model, (8, 8, 3))
     text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, jnp.zeros((2, 8, 8, 3))).as_text()
     kernels_of_one = len([line for line in text.splitlines() if "convolution(" in line and "tensor<1x1x" in line])
     found = kernels_of_one > 0, "reduce_window" in text, "stablehlo.gather" in text
@@ -177,7 +177,7 @@ def test_an_example_does_not_see_its_batch_in_evaluation():
 
 def test_training_returns_new_statistics_and_nothing_else():
     model = create_model("ra_tiny", num_classes=10)
-    _, variables = trace(model, (8, 8, 3))
+    variables = variable_shapes(model, (8, 8, 3))
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
     logits, new = jax.eval_shape(train, variables, jnp.zeros((2, 8, 8, 3)))
     assert logits.shape == (2, 10)
@@ -201,7 +201,7 @@ def test_bfloat16_is_close_to_float32():
 def test_bfloat16_keeps_its_variables_in_float32():
     model = create_model("ra_tiny", num_classes=10, dtype=jnp.bfloat16)
     x = jnp.zeros((2, 8, 8, 3))
-    _, variables = trace(model, (8, 8, 3))
+    variables = variable_shapes(model, (8, 8, 3))
     logits, new = jax.eval_shape(functools.partial(model.apply, train=True, mutable=["batch_stats"]), variables, x)
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, variables, new))} == {jnp.dtype(jnp.float32)}
 
@@ -238,7 +238,7 @@ def test_gradients_and_statistics_have_the_type_of_the_variables(dtype, attentio
 def test_images_of_another_type_are_taken():
     """The type in which images come does not decide in which the net computes."""
     model = create_model("ra_tiny", num_classes=10)
-    _, variables = trace(model, (8, 8, 3))
+    variables = variable_shapes(model, (8, 8, 3))
     logits = jax.eval_shape(
         functools.partial(model.apply, train=False), variables, jnp.zeros((2, 8, 8, 3), jnp.bfloat16)
     )

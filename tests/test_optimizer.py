@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import steps_of, trace
+from helpers import steps_of
 
 from configs import cifar10_ra92, cifar10_ra92_mixup, default
 from resattn_jax.config import Durations, check
 from resattn_jax.errors import UsageError
 from resattn_jax.models import create_model
+from resattn_jax.models.first_weights import variable_shapes
 from resattn_jax.optimizer import global_norm, make_optimizer, make_schedule
 
 
@@ -113,7 +114,7 @@ def test_weight_decay_of_norms_scales_may_be_decided_apart(name, norms_and_biase
     c = default.get_config()
     c.optimizer.update(name=name, weight_decay=0.5, decay_norms_and_biases=norms_and_biases, decay_norm_scales=scales)
     optimizer = make_optimizer(c, lambda step: 0.1)
-    shapes = trace(create_model("ra_tiny", num_classes=10), (8, 8, 1))[1]["params"]
+    shapes = variable_shapes(create_model("ra_tiny", num_classes=10), (8, 8, 1))["params"]
     params = jax.tree.map(lambda p: jnp.ones((1,) * p.ndim), shapes)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from resattn_jax.models.first_weights import variable_shapes
-from resattn_jax.models.network import ResidualAttentionNetwork
 
 
 def count_parameters(params: Any) -> int:
@@ -17,9 +17,7 @@ def count_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def count_multiply_adds(
-    model: ResidualAttentionNetwork, image_shape: tuple[int, int, int], variables: Any = None
-) -> int:
+def count_multiply_adds(model: nn.Module, image_shape: tuple[int, int, int], variables: Any = None) -> int:
     """Multiply-adds of one forward pass over one image [H, W, C]; variables: arrays or shapes, if they are at hand.
 
     Those of weights, as the literature counts them: every convolution and matrix product one of whose operands comes

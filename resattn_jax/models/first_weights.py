@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from resattn_jax.models.layers import SCALINGS, SHAPES_ALONE
 from resattn_jax.models.network import ResidualAttentionNetwork
 
 
-def variable_shapes(model: ResidualAttentionNetwork, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def variable_shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """{"params": …, "batch_stats": …} as shapes and dtypes: what `jax.eval_shape` gives of `model.init`, in half the
     time. image_shape: (H, W, C).
     """
